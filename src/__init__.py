@@ -1,0 +1,1 @@
+"""toolfleet: durable background tool execution for AI agents."""

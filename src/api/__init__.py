@@ -1,0 +1,1 @@
+"""The jobs API: FastAPI over JobService."""

@@ -1,0 +1,1 @@
+"""Everything below the transports: jobs, discovery, tools, embedded servers, telemetry."""

@@ -1,0 +1,110 @@
+"""Reads a job's log as a stream: every event once, in order, to the end of its generation.
+
+A reader subscribes first, then reads the log from its last id, then follows; after every new subscription and at every
+heartbeat it reads the log again from its last id, since Pub/Sub drops messages, the last one too (G7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from toolfleet.services.background_jobs.errors import StoreUnavailable
+from toolfleet.services.background_jobs.ports import EventFeed, JobStore
+from toolfleet.services.background_jobs.task_models import Gap, JobEvent
+
+PAGE: Final = 500
+FIRST_LOOK_S: Final = 1.0
+"""How soon the log is read again while a connection to Redis is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """Nothing new; the reader is alive."""
+
+    reconnecting: bool
+    """Whether the store can't be reached at present."""
+
+
+StreamItem = JobEvent | Gap | Pulse
+
+
+class Replay:
+    """Puts events in order and tells each once, whatever order and however often they come. Pure."""
+
+    def __init__(self, after: int) -> None:
+        self.last = after
+        self.ended = False
+
+    def fits(self, events: Sequence[JobEvent]) -> bool:
+        """Whether pushed events follow on what was told, so that the log need not be read."""
+        expected = self.last + 1
+        for event in events:
+            if event.id > expected:
+                return False
+            expected = max(expected, event.id + 1)
+        return True
+
+    def take(self, events: Sequence[JobEvent]) -> list[JobEvent | Gap]:
+        """What is new among events that are in order; a hole is told as a gap."""
+        fresh: list[JobEvent | Gap] = []
+        for event in events:
+            if event.id <= self.last or self.ended:
+                continue
+            if event.id > self.last + 1:
+                fresh.append(Gap(after=self.last, resumes_at=event.id))
+            fresh.append(event)
+            self.last = event.id
+        return fresh
+
+
+async def read_events(
+    store: JobStore,
+    feed: EventFeed,
+    job_id: str,
+    *,
+    after: int,
+    heartbeat_s: float,
+    check: Callable[[], Awaitable[Any]],
+) -> AsyncGenerator[StreamItem, None]:
+    """Follow a job.
+
+    Args:
+        after: the last id that the reader has.
+        heartbeat_s: how often a `Pulse` comes while nothing else does.
+        check: raises where there is no such job, or it is somebody else's; gives a `JobView`.
+    """
+    async with feed.watch(job_id) as watch:
+        view = await check()
+        generation = view.record.generation if view.record is not None else 1
+        over = view.record is not None and view.record.status.terminal
+        replay = Replay(after)
+        pushed: Sequence[JobEvent] | None = ()
+        while True:
+            reconnecting = False
+            if pushed and replay.fits(pushed):
+                batch: Sequence[JobEvent] = pushed
+            else:
+                try:
+                    batch = await _log(store, job_id, replay.last)
+                except StoreUnavailable:
+                    batch, reconnecting = (), True
+            for item in replay.take(batch):
+                yield item
+                if isinstance(item, JobEvent) and item.ends_stream and item.generation >= generation:
+                    return
+            if over and not reconnecting and len(batch) < PAGE:
+                # The terminal event was read before, or was trimmed: there is nothing to wait for.
+                return
+            if len(batch) >= PAGE:
+                pushed = ()
+                continue
+            wait = FIRST_LOOK_S if reconnecting or not watch.connected else heartbeat_s
+            pushed = await watch.changed(wait)
+            if pushed is None:
+                yield Pulse(reconnecting or not watch.connected)
+
+
+async def _log(store: JobStore, job_id: str, after: int) -> Sequence[JobEvent]:
+    return await store.events(job_id, after, PAGE)

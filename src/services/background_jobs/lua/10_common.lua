@@ -1,0 +1,203 @@
+-- toolfleet: the state functions of jobs.
+--
+-- The files of this folder are joined in the order of their names into one Redis FUNCTION library; Python fills in
+-- the two names in braces, which carry a hash of the text, so that two versions of toolfleet can run side by side.
+--
+-- Every function takes ONE key, the root of a partition, `tf:{<pp>}`. All keys it touches begin with it, so its hash
+-- tag puts them into one slot of a Redis Cluster:
+--   <root>:job:<id>            hash    the record
+--   <root>:log:<id>            stream  the event log; the id of entry n is `n-0`
+--   <root>:res:<id>            hash    tool_call_id -> 'c' (completed) or 'f' (failed), then the result's JSON
+--   <root>:ix:<tier>:<status>  zset    job ids by creation time
+--   <root>:due                 zset    job ids by the time at which the reconciler is to look at them
+--   <root>:expiry              zset    `<tier>:<status>:<id>` by the time at which the record is gone
+--   <root>:totals              hash    jobs that ended, by status
+--   <root>:rate:<minute>       string  jobs that ended in a minute
+-- and the channels <root>:ev:<id> (events) and tf:ctl:<worker> (cancel requests).
+--
+-- Fields of a record: v status generation fence token lease_until starts retries task tier tenant hash created
+-- started finished not_before ran run_from timeout expires total done failed seq cancel worker error stage percent
+-- message tool log_max ttl ended_by wseq stale, and per call  m:<id> = fence of its start (calls that must not run twice),
+-- u:<id> = outcome not known and not decided,  d:<id> = decision.
+
+local TERMINAL = { completed = true, failed = true, cancelled = true, unknown = true }
+
+-- After this long past its due time or its lease a job is looked at by the reconciler: longer than a redelivery needs.
+local GRACE_MS = 10000
+
+local function now_ms()
+  local time = redis.call('TIME')
+  return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+end
+
+-- Numbers above 10^14 would be written as 1e+14 by tostring.
+local function int(number)
+  return string.format('%.0f', number)
+end
+
+local function keys_of(root, id)
+  return { root = root, id = id, job = root .. ':job:' .. id, log = root .. ':log:' .. id,
+           res = root .. ':res:' .. id, events = root .. ':ev:' .. id, due = root .. ':due' }
+end
+
+local FIELDS = { 'status', 'generation', 'fence', 'token', 'lease_until', 'starts', 'retries', 'tier', 'created',
+                 'not_before', 'ran', 'run_from', 'timeout', 'expires', 'total', 'done', 'failed', 'seq', 'cancel',
+                 'worker', 'log_max', 'ttl', 'ended_by', 'wseq', 'started', 'stale' }
+local TEXT = { status = true, token = true, tier = true, cancel = true, worker = true }
+
+-- The record as a table, or nil. Absent numbers read as 0.
+local function load_record(k)
+  local values = redis.call('HMGET', k.job, unpack(FIELDS))
+  if not values[1] then return nil end
+  local rec = {}
+  for i, name in ipairs(FIELDS) do
+    if TEXT[name] then rec[name] = values[i] else rec[name] = tonumber(values[i] or 0) end
+  end
+  return rec
+end
+
+-- Append to the log and push to readers. The caller writes rec.seq back with the rest of the record.
+local function emit(k, rec, now, kind, data)
+  rec.seq = rec.seq + 1
+  local seq, fence, generation, at = int(rec.seq), int(rec.fence), int(rec.generation), int(now)
+  redis.call('XADD', k.log, 'MAXLEN', rec.log_max, seq .. '-0',
+             't', kind, 'a', fence, 'g', generation, 'm', at, 'd', data)
+  redis.call('PUBLISH', k.events, seq .. '\n' .. kind .. '\n' .. fence .. '\n' .. generation .. '\n' .. at .. '\n' .. data)
+end
+
+local function index(k, tier, status)
+  return k.root .. ':ix:' .. tier .. ':' .. status
+end
+
+local function move(k, rec, status)
+  if rec.status == status then return end
+  redis.call('ZREM', index(k, rec.tier, rec.status), k.id)
+  redis.call('ZADD', index(k, rec.tier, status), rec.created, k.id)
+  rec.status = status
+end
+
+-- The running time of an attempt that ends at `now`, added up; a dead one ran to the end of its lease at most.
+local function stop_clock(rec, now)
+  if rec.run_from == 0 then return rec.ran end
+  local stop = now
+  if rec.lease_until > 0 and rec.lease_until < now then stop = rec.lease_until end
+  return rec.ran + math.max(0, stop - rec.run_from)
+end
+
+-- One terminal transition: record, index, counters, event, expiry, all at once.
+local function finish_record(k, rec, now, status, kind, data, error)
+  local ran = stop_clock(rec, now)
+  move(k, rec, status)
+  emit(k, rec, now, kind, data)
+  redis.call('HSET', k.job, 'status', status, 'seq', int(rec.seq), 'finished', int(now), 'ran', int(ran),
+             'lease_until', '0', 'run_from', '0', 'not_before', '0', 'token', '', 'worker', '', 'tool', '',
+             'ended_by', int(rec.fence), 'error', error, 'done', int(rec.done), 'failed', int(rec.failed))
+  if status == 'completed' then redis.call('HSET', k.job, 'percent', '100') end
+  redis.call('ZREM', k.due, k.id)
+  redis.call('HINCRBY', k.root .. ':totals', status, 1)
+  local rate = k.root .. ':rate:' .. int(math.floor(now / 60000))
+  if redis.call('INCR', rate) == 1 then redis.call('EXPIRE', rate, 1200) end
+  redis.call('ZADD', k.root .. ':expiry', int(now + rec.ttl), rec.tier .. ':' .. status .. ':' .. k.id)
+  redis.call('PEXPIRE', k.job, int(rec.ttl))
+  redis.call('PEXPIRE', k.log, int(rec.ttl))
+  redis.call('PEXPIRE', k.res, int(rec.ttl))
+end
+
+-- A job that waits: for its first attempt, or for the next one.
+local function wait_again(k, rec, now, not_before, ran)
+  move(k, rec, 'queued')
+  redis.call('HSET', k.job, 'status', 'queued', 'not_before', int(not_before), 'ran', int(ran), 'lease_until', '0',
+             'run_from', '0', 'token', '', 'worker', '', 'tool', '', 'seq', int(rec.seq), 'starts', int(rec.starts),
+             'retries', int(rec.retries), 'ended_by', int(rec.fence), 'done', int(rec.done), 'failed', int(rec.failed))
+  redis.call('ZADD', k.due, int(math.max(now, not_before) + GRACE_MS), k.id)
+end
+
+-- The calls of a job: those with a result ('c' or 'f'), and those that were started, must not run twice and have none.
+local function calls_of(k)
+  local done, marked, results = {}, {}, redis.call('HGETALL', k.res)
+  for i = 1, #results, 2 do done[results[i]] = string.sub(results[i + 1], 1, 1) end
+  for _, field in ipairs(redis.call('HKEYS', k.job)) do
+    if string.sub(field, 1, 2) == 'm:' then
+      local call = string.sub(field, 3)
+      if not done[call] then marked[#marked + 1] = call end
+    end
+  end
+  return done, marked
+end
+
+local function count(map)
+  local n = 0
+  for _ in pairs(map) do n = n + 1 end
+  return n
+end
+
+-- Sorted, so that replies and replicas do not depend on the order of a Lua table.
+local function json_list(names)
+  table.sort(names)
+  local quoted = {}
+  for i, name in ipairs(names) do quoted[i] = cjson.encode(name) end
+  return '[' .. table.concat(quoted, ',') .. ']'
+end
+
+local function end_unknown(k, rec, now, marked)
+  for _, call in ipairs(marked) do redis.call('HSET', k.job, 'u:' .. call, '1') end
+  local text = '{"code":"outcome_unknown","message":"a call that must not run twice was started and its outcome is ' ..
+               'not known; decide it with POST /api/v1/jobs/' .. k.id .. '/resolve"}'
+  finish_record(k, rec, now, 'unknown', 'job.unknown',
+                '{"status":"unknown","calls":' .. json_list(marked) .. ',"error":' .. text .. '}', text)
+end
+
+local function end_cancelled(k, rec, now, data)
+  finish_record(k, rec, now, 'cancelled', 'job.cancelled', data, '')
+end
+
+local function end_failed(k, rec, now, code, message)
+  local text = cjson.encode({ code = code, message = message })
+  finish_record(k, rec, now, 'failed', 'job.failed', '{"status":"failed","error":' .. text .. '}', text)
+end
+
+-- Where a record is made: the fields of a task, from ARGV[i] on, in the order of `birth_args` in Python.
+local BIRTH = 12
+local function birth_of(args, i)
+  return { generation = args[i], tier = args[i + 1], tenant = args[i + 2], hash = args[i + 3], total = args[i + 4],
+           timeout = args[i + 5], expires = args[i + 6], delay = tonumber(args[i + 7]), run_at = tonumber(args[i + 8]),
+           log_max = args[i + 9], ttl = args[i + 10], task = args[i + 11] }
+end
+
+-- `since` is when the job was submitted: now, or the time at which the stream stored its message.
+local function make_record(k, birth, now, since)
+  local not_before = math.max(birth.run_at, birth.delay > 0 and since + birth.delay or 0)
+  redis.call('DEL', k.log, k.res)
+  redis.call('HSET', k.job, 'v', '1', 'status', 'queued', 'generation', birth.generation, 'fence', '0',
+             'tier', birth.tier, 'tenant', birth.tenant, 'hash', birth.hash, 'total', birth.total,
+             'timeout', birth.timeout, 'expires', birth.expires, 'log_max', birth.log_max, 'ttl', birth.ttl,
+             'task', birth.task, 'created', int(since), 'not_before', int(not_before), 'seq', '1')
+  redis.call('ZADD', index(k, birth.tier, 'queued'), int(since), k.id)
+  redis.call('ZADD', k.due, int(math.max(now, not_before) + GRACE_MS), k.id)
+  local rec = load_record(k)
+  rec.seq = 0
+  local data = '{"tier":"' .. birth.tier .. '","total_tools":' .. birth.total
+  if not_before > now then data = data .. ',"next_attempt_at_ms":' .. int(not_before) end
+  emit(k, rec, now, 'job.queued', data .. '}')
+  return rec
+end
+
+-- Results `(call, payload)*` and events `(type, data)*` from ARGV[i] on; each list is preceded by its length.
+-- A result is stored once in a generation, so repeating a write whose answer was lost changes nothing.
+local function apply_changes(k, rec, now, args, i)
+  local results = tonumber(args[i])
+  i = i + 1
+  for _ = 1, results do
+    if redis.call('HSETNX', k.res, args[i], args[i + 1]) == 1 then
+      if string.sub(args[i + 1], 1, 1) == 'c' then rec.done = rec.done + 1 else rec.failed = rec.failed + 1 end
+    end
+    i = i + 2
+  end
+  local events = tonumber(args[i])
+  i = i + 1
+  for _ = 1, events do
+    emit(k, rec, now, args[i], args[i + 1])
+    i = i + 2
+  end
+  return i
+end

@@ -1,0 +1,102 @@
+-- What clients and operators change: cancel, reopen, resolve.
+
+-- cancel(root; id, event data, birth… or nothing): step 10. With a birth the record is made first, cancelled.
+-- Answers {found, status, tier, worker}; found: absent, cancelled_now, running, already_cancelled, ended.
+local function cancel(keys, args)
+  local k, now = keys_of(keys[1], args[1]), now_ms()
+  local rec = load_record(k)
+  if not rec then
+    if #args < 2 + BIRTH then return { 'absent', '', '', '' } end
+    rec = make_record(k, birth_of(args, 3), now, now)
+  end
+  if rec.status == 'cancelled' then return { 'already_cancelled', rec.status, rec.tier, '' } end
+  if TERMINAL[rec.status] then return { 'ended', rec.status, rec.tier, '' } end
+  if rec.status == 'queued' then
+    end_cancelled(k, rec, now, args[2])
+    return { 'cancelled_now', rec.status, rec.tier, '' }
+  end
+  if not rec.cancel then
+    emit(k, rec, now, 'job.cancelling', '{"reached":"requested"}')
+    redis.call('HSET', k.job, 'cancel', args[2], 'seq', int(rec.seq))
+  end
+  redis.call('PUBLISH', 'tf:ctl:' .. rec.worker, 'cancel ' .. k.id)
+  return { 'running', rec.status, rec.tier, rec.worker }
+end
+
+-- A new generation with the same id, log and results: starts 0, nothing requested, nothing undecided.
+local function next_generation(k, rec, now, data)
+  for _, status in ipairs({ 'failed', 'cancelled', 'unknown' }) do
+    redis.call('ZREM', k.root .. ':expiry', rec.tier .. ':' .. status .. ':' .. k.id)
+  end
+  rec.generation, rec.starts, rec.retries, rec.cancel, rec.ran = rec.generation + 1, 0, 0, nil, 0
+  redis.call('HDEL', k.job, 'cancel', 'finished', 'error', 'stage', 'message')
+  redis.call('HSET', k.job, 'generation', int(rec.generation), 'percent', '0')
+  redis.call('PERSIST', k.job); redis.call('PERSIST', k.log); redis.call('PERSIST', k.res)
+  emit(k, rec, now, 'job.queued', data)
+end
+
+-- Results that say 'failed' go: a new generation runs the calls that did not succeed.
+local function drop_failed(k, rec)
+  local done = calls_of(k)
+  for call, outcome in pairs(done) do
+    if outcome == 'f' then redis.call('HDEL', k.res, call) end
+  end
+  rec.done, rec.failed = redis.call('HLEN', k.res), 0
+end
+
+-- reopen(root; id, event data): step 11 for failed and cancelled jobs.
+-- Answers {verdict, status, task}; verdict: reopened, absent, not_allowed.
+local function reopen(keys, args)
+  local k, now = keys_of(keys[1], args[1]), now_ms()
+  local rec = load_record(k)
+  if not rec then return { 'absent', '', '' } end
+  local task = redis.call('HGET', k.job, 'task')
+  if (rec.status ~= 'failed' and rec.status ~= 'cancelled') or not task then
+    return { 'not_allowed', rec.status, '' }
+  end
+  drop_failed(k, rec)
+  next_generation(k, rec, now, args[2])
+  wait_again(k, rec, now, 0, 0)
+  return { 'reopened', 'queued', task, int(rec.generation) }
+end
+
+-- resolve(root; id, call, decision, result payload or '', event data): decides one call of an unknown job, once.
+-- Answers {verdict, status, task, generation}; verdict: waiting (others are undecided), reopened (publish the task),
+-- closed (ended with the decisions), absent, not_allowed, no_such_call, decided_already.
+local function resolve(keys, args)
+  local k, now = keys_of(keys[1], args[1]), now_ms()
+  local rec, call, decision = load_record(k), args[2], args[3]
+  if not rec then return { 'absent', '', '' } end
+  if redis.call('HEXISTS', k.job, 'd:' .. call) == 1 then return { 'decided_already', rec.status, '' } end
+  if rec.status ~= 'unknown' then return { 'not_allowed', rec.status, '' } end
+  if redis.call('HEXISTS', k.job, 'u:' .. call) == 0 then return { 'no_such_call', rec.status, '' } end
+  redis.call('HSET', k.job, 'd:' .. call, decision)
+  redis.call('HDEL', k.job, 'u:' .. call, 'm:' .. call)
+  if decision ~= 'rerun' then redis.call('HSET', k.res, call, args[4]) end
+  for _, field in ipairs(redis.call('HKEYS', k.job)) do
+    if string.sub(field, 1, 2) == 'u:' then return { 'waiting', rec.status, '' } end
+  end
+  for _, field in ipairs(redis.call('HKEYS', k.job)) do
+    if string.sub(field, 1, 2) == 'd:' then redis.call('HDEL', k.job, field) end
+  end
+  next_generation(k, rec, now, args[5])
+  local failed, done = 0, calls_of(k)
+  for _, outcome in pairs(done) do
+    if outcome == 'f' then failed = failed + 1 end
+  end
+  rec.done, rec.failed = count(done) - failed, failed
+  if count(done) < rec.total then
+    wait_again(k, rec, now, 0, 0)
+    return { 'reopened', 'queued', redis.call('HGET', k.job, 'task'), int(rec.generation) }
+  end
+  if failed > 0 then
+    end_failed(k, rec, now, 'tool_failed', failed .. ' of ' .. int(rec.total) .. ' calls failed, as decided')
+  else
+    finish_record(k, rec, now, 'completed', 'job.completed', '{"status":"completed"}', '')
+  end
+  return { 'closed', rec.status, '' }
+end
+
+redis.register_function('{prefix}_cancel', cancel)
+redis.register_function('{prefix}_reopen', reopen)
+redis.register_function('{prefix}_resolve', resolve)

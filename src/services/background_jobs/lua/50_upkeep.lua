@@ -1,0 +1,128 @@
+-- What the reconciler and the statistics ask for.
+
+-- orphans(root; limit): jobs whose time in the `due` index has come. Each is put off, so that of several reconcilers
+-- only one looks at it, and looks again later; a job that waits long is looked at ever less often.
+-- Answers (id, status, generation, fence, task)*.
+local function orphans(keys, args)
+  local root, now, answers = keys[1], now_ms(), {}
+  local ids = redis.call('ZRANGEBYSCORE', root .. ':due', '-inf', int(now), 'LIMIT', 0, args[1])
+  for _, id in ipairs(ids) do
+    local k = keys_of(root, id)
+    local rec = load_record(k)
+    if not rec or TERMINAL[rec.status] then
+      redis.call('ZREM', k.due, id)
+    else
+      redis.call('ZADD', k.due, int(now + math.max(60000, (now - rec.created) / 2)), id)
+      for _, value in ipairs({ id, rec.status, int(rec.generation), int(rec.fence),
+                               redis.call('HGET', k.job, 'task') or '' }) do
+        answers[#answers + 1] = value
+      end
+    end
+  end
+  return answers
+end
+
+-- reclaim(root; id, status, generation, fence): step 12, for a job that is not in the stream. Answers 'publish' (it
+-- is queued and its task is to be published again), 'settled' (it ended) or 'changed' (somebody was faster).
+local function reclaim(keys, args)
+  local k, now = keys_of(keys[1], args[1]), now_ms()
+  local rec = load_record(k)
+  if not rec or rec.status ~= args[2] or rec.generation ~= tonumber(args[3]) or rec.fence ~= tonumber(args[4]) or
+     (rec.status == 'running' and rec.lease_until > now) or TERMINAL[rec.status] then
+    return 'changed'
+  end
+  if redis.call('HEXISTS', k.job, 'task') == 0 then
+    end_failed(k, rec, now, 'lost', 'the job is not in the queue and its record holds no task; submit it again')
+    return 'settled'
+  end
+  if rec.cancel then
+    end_cancelled(k, rec, now, rec.cancel)
+    return 'settled'
+  end
+  if rec.expires > 0 and rec.expires <= now and rec.starts == 0 then
+    end_failed(k, rec, now, 'expired', 'the job was not started before its expires_at; submit it again')
+    return 'settled'
+  end
+  local done, marked = calls_of(k)
+  if #marked > 0 and count(done) + #marked >= rec.total then
+    end_unknown(k, rec, now, marked)
+    return 'settled'
+  end
+  if rec.status == 'running' then
+    redis.call('HINCRBY', k.root .. ':totals', 'leases_lost', 1)
+    emit(k, rec, now, 'job.queued', '{"tier":"' .. rec.tier .. '","reason":"lease_expired"}')
+    wait_again(k, rec, now, 0, stop_clock(rec, now))
+  end
+  return 'publish'
+end
+
+-- prune(root; limit): drops expired jobs from the indexes.
+local function prune(keys, args)
+  local root = keys[1]
+  local gone = redis.call('ZRANGEBYSCORE', root .. ':expiry', '-inf', int(now_ms()), 'LIMIT', 0, args[1])
+  for _, member in ipairs(gone) do
+    local tier, status, id = string.match(member, '^(%a+):(%a+):(.+)$')
+    redis.call('ZREM', root .. ':ix:' .. tier .. ':' .. status, id)
+    redis.call('ZREM', root .. ':expiry', member)
+  end
+  return #gone
+end
+
+-- stats(root): (tier, queued, running, ms since the creation of the oldest queued job that is due)*3, then jobs ended
+-- in this and the last full minute, in 15 minutes, then the totals as (name, count)*.
+local function stats(keys)
+  local root, now, answers = keys[1], now_ms(), {}
+  for _, tier in ipairs({ 'high', 'normal', 'low' }) do
+    local queued, age = root .. ':ix:' .. tier .. ':queued', 0
+    for _, id in ipairs(redis.call('ZRANGE', queued, 0, 49)) do
+      local times = redis.call('HMGET', root .. ':job:' .. id, 'created', 'not_before')
+      if times[1] and tonumber(times[2] or 0) <= now then
+        age = now - math.max(tonumber(times[1]), tonumber(times[2] or 0))
+        break
+      end
+    end
+    for _, value in ipairs({ tier, redis.call('ZCARD', queued), redis.call('ZCARD', root .. ':ix:' .. tier .. ':running'),
+                             math.max(0, age) }) do
+      answers[#answers + 1] = value
+    end
+  end
+  local minute, last, fifteen = math.floor(now / 60000), 0, 0
+  for back = 0, 14 do
+    local ended = tonumber(redis.call('GET', root .. ':rate:' .. int(minute - back)) or 0)
+    fifteen = fifteen + ended
+    if back <= 1 then last = last + ended end
+  end
+  answers[#answers + 1], answers[#answers + 2] = last, fifteen
+  for _, value in ipairs(redis.call('HGETALL', root .. ':totals')) do answers[#answers + 1] = value end
+  return answers
+end
+
+-- heartbeat(root; worker, ttl_ms, JSON). By the server's clock, so a worker whose clock is wrong is not lost.
+local function heartbeat(keys, args)
+  local now = now_ms()
+  redis.call('HSET', keys[1] .. ':beats', args[1],
+             int(now) .. '|' .. int(now + tonumber(args[2])) .. '|' .. args[3])
+  return int(now)
+end
+
+-- workers(root): (ms of the last heartbeat, JSON)* of those that have not run out; the others are dropped.
+local function workers(keys)
+  local beats, now, answers = redis.call('HGETALL', keys[1] .. ':beats'), now_ms(), {}
+  for i = 1, #beats, 2 do
+    local seen, until_ms, text = string.match(beats[i + 1], '^(%d+)|(%d+)|(.*)$')
+    if tonumber(until_ms) < now then
+      redis.call('HDEL', keys[1] .. ':beats', beats[i])
+    else
+      answers[#answers + 1] = seen
+      answers[#answers + 1] = text
+    end
+  end
+  return answers
+end
+
+redis.register_function('{prefix}_orphans', orphans)
+redis.register_function('{prefix}_reclaim', reclaim)
+redis.register_function('{prefix}_prune', prune)
+redis.register_function({ function_name = '{prefix}_stats', callback = stats, flags = { 'no-writes' } })
+redis.register_function('{prefix}_heartbeat', heartbeat)
+redis.register_function('{prefix}_workers', workers)

@@ -1,0 +1,1 @@
+"""The Redis function library, as data files."""

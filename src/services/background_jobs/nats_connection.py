@@ -1,0 +1,146 @@
+"""One NATS connection a process, that comes up by itself and says how it is.
+
+A program starts although NATS is down: the connection is tried in the background for ever, and meanwhile every call
+fails at once with `QueueUnavailable`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Sequence
+
+import nats.errors
+import structlog
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from toolfleet.services.background_jobs.errors import QueueError, QueueUnavailable
+
+log = structlog.get_logger(__name__)
+
+PING_INTERVAL_S = 2
+MAX_OUTSTANDING_PINGS = 2
+"""A server that is stopped, not gone, is noticed after about 3 x 2 s."""
+RECONNECT_WAIT_S = 0.25
+"""So that the first new job after an outage starts within 1 s."""
+CONNECT_TIMEOUT_S = 2
+
+AUTH_ERRORS = ("authorization", "authentication", "user authentication expired")
+
+
+class NatsConnection:
+    """A `nats.aio` client with its life cycle."""
+
+    def __init__(self, servers: Sequence[str], *, name: str) -> None:
+        self._servers = list(servers)
+        self._name = name
+        self._client = Client()
+        self._connecting: asyncio.Task[None] | None = None
+        self._listeners: list[Callable[[], Awaitable[None]]] = []
+        self._closing = False
+        self.reconnects = 0
+        self.last_error = "not connected yet"
+
+    @property
+    def client(self) -> Client:
+        """The client; it may be disconnected."""
+        return self._client
+
+    @property
+    def connected(self) -> bool:
+        """Whether a socket is up and the server has answered on it."""
+        return bool(self._client.is_connected)
+
+    def on_reconnect(self, listener: Callable[[], Awaitable[None]]) -> None:
+        """Call back after every connection but the first."""
+        self._listeners.append(listener)
+
+    async def start(self, wait_s: float = 3.0) -> bool:
+        """Begin to connect, and wait a little for it; whether it is connected."""
+        self._connecting = asyncio.create_task(self._connect(), name="nats-connect")
+        await asyncio.wait([self._connecting], timeout=wait_s)
+        return self.connected
+
+    async def _connect(self) -> None:
+        while not self._client.is_connected:
+            try:
+                await self._client.connect(
+                    self._servers,
+                    name=self._name,
+                    max_reconnect_attempts=-1,
+                    reconnect_time_wait=RECONNECT_WAIT_S,  # type: ignore[arg-type]  # it sleeps; fractions are fine
+                    connect_timeout=CONNECT_TIMEOUT_S,
+                    ping_interval=PING_INTERVAL_S,
+                    max_outstanding_pings=MAX_OUTSTANDING_PINGS,
+                    error_cb=self._on_error,
+                    disconnected_cb=self._on_disconnect,
+                    reconnected_cb=self._on_reconnected,
+                )
+            except (nats.errors.Error, OSError) as error:
+                await self._on_error(error)
+                await asyncio.sleep(RECONNECT_WAIT_S)
+        if self.reconnects == 0 and self.last_error != "not connected yet":
+            await self._notify()
+
+    async def _on_error(self, error: Exception) -> None:
+        text = str(error) or type(error).__name__
+        if text != self.last_error:
+            log.warning("nats.error", error=text)
+        self.last_error = text
+
+    async def _on_disconnect(self) -> None:
+        if self._closing:
+            return
+        self.last_error = "disconnected"
+        log.warning("nats.disconnected", hint="jobs in hand go on; pulling resumes after the reconnect")
+
+    async def _on_reconnected(self) -> None:
+        self.reconnects += 1
+        log.info("nats.reconnected", reconnects=self.reconnects)
+        await self._notify()
+
+    async def _notify(self) -> None:
+        for listener in self._listeners:
+            await listener()
+
+    async def request(self, subject: str, payload: bytes, timeout: float, headers: dict[str, str] | None = None) -> Msg:
+        """A request and its answer.
+
+        Raises:
+            QueueUnavailable: not connected (`maybe_stored` False: nothing was written to a socket), nobody answers
+                there, or no answer in time (`maybe_stored` True).
+        """
+        if not self.connected:
+            raise QueueUnavailable(f"NATS is not connected ({self.last_error}); check NATS_URL and the server")
+        try:
+            return await self._client.request(subject, payload, timeout=timeout, headers=headers)
+        except nats.errors.NoRespondersError as error:
+            raise QueueUnavailable(f"nobody answers on {subject}: JetStream is off or the stream is gone") from error
+        except nats.errors.OutboundBufferLimitError as error:
+            raise QueueUnavailable("NATS is reconnecting and the send buffer is full") from error
+        except nats.errors.MaxPayloadError as error:
+            raise QueueError("the message is above the max_payload of the NATS server") from error
+        except (nats.errors.Error, OSError, TimeoutError) as error:
+            reason = str(error) or type(error).__name__
+            raise QueueUnavailable(f"NATS gave no answer in {timeout} s: {reason}", maybe_stored=True) from error
+
+    async def publish(self, subject: str, payload: bytes, reply: str = "") -> None:
+        """Send without waiting; kept by the client while it reconnects. Failing is harmless: redelivery covers it."""
+        try:
+            await self._client.publish(subject, payload, reply=reply)
+        except (nats.errors.Error, OSError) as error:
+            log.warning("nats.publish_failed", subject=subject, error=str(error) or type(error).__name__)
+
+    async def close(self) -> None:
+        """Flush what is pending, bounded, and end."""
+        self._closing = True
+        if self._connecting is not None and not self._connecting.done():
+            self._connecting.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._connecting
+        if self._client.is_connected:
+            with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
+                await self._client.flush(timeout=2)
+        with contextlib.suppress(nats.errors.Error, OSError, asyncio.CancelledError):
+            await self._client.close()

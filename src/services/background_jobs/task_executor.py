@@ -1,0 +1,221 @@
+"""One job, from a delivery to its ack: read, claim, run, write, settle."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+
+import structlog
+
+from toolfleet.services.background_jobs import transitions
+from toolfleet.services.background_jobs.attempt import Attempt, AttemptRules
+from toolfleet.services.background_jobs.errors import MalformedTask, NewerTask, QueueError, StoreError
+from toolfleet.services.background_jobs.ports import (
+    Changes,
+    ClaimAnswer,
+    DeadLetter,
+    Delivery,
+    Granted,
+    JobQueue,
+    JobStore,
+    NotNow,
+    Over,
+    ToolRunner,
+)
+from toolfleet.services.background_jobs.retry_policy import spread_ms
+from toolfleet.services.background_jobs.store_gate import StoreGate
+from toolfleet.services.background_jobs.task_lease import LeaseKeeper
+from toolfleet.services.background_jobs.task_models import ErrorInfo, TaskDefinition, is_job_id
+from toolfleet.services.background_jobs.transitions import (
+    Cancelled,
+    Completed,
+    Ending,
+    Failed,
+    HandedBack,
+    Lost,
+    Outcome,
+    Retry,
+    Unknown,
+)
+
+log = structlog.get_logger(__name__)
+
+NEWER_TASK_DELAY_S = 30.0
+"""For a task of a newer version: time for a newer worker to come up during a rolling upgrade."""
+REFUSED_DELAY_S = 5.0
+"""After the store has refused a claim, which a person has to look at."""
+
+
+class JobExecutor:
+    """Executes jobs for one process: a worker's, or an API's synchronous ones."""
+
+    def __init__(
+        self,
+        *,
+        store: JobStore,
+        queue: JobQueue,
+        runner: ToolRunner,
+        keeper: LeaseKeeper,
+        gate: StoreGate,
+        rules: AttemptRules,
+        worker_id: str,
+        chance: Callable[[], float] = random.random,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._queue = queue
+        self._runner = runner
+        self._keeper = keeper
+        self._gate = gate
+        self._rules = rules
+        self.worker_id = worker_id
+        self._chance = chance
+        self._clock = clock
+        self._attempts: set[Attempt] = set()
+        self.ended: dict[str, int] = {}
+
+    @property
+    def attempts(self) -> frozenset[Attempt]:
+        """Those that run now."""
+        return frozenset(self._attempts)
+
+    async def execute(self, delivery: Delivery) -> None:
+        """Take one delivery to its end."""
+        with self._keeper.delivery(delivery):
+            task = await self._read(delivery)
+            if task is None:
+                return
+            asked_at, answer = await self._claim(task, delivery)
+            match answer:
+                case Granted():
+                    await self._attempt(task, answer, asked_at, delivery)
+                case Over():
+                    await delivery.ack()
+                case NotNow(delay_ms=delay_ms):
+                    await delivery.nak(spread_ms(delay_ms, self._chance()) / 1000)
+
+    async def run_now(self, task: TaskDefinition) -> ClaimAnswer:
+        """A synchronous run: claims first, holds lease and fence, ends like any other attempt."""
+        asked_at, answer = await self._claim(task, None)
+        if isinstance(answer, Granted):
+            await self._attempt(task, answer, asked_at, None)
+        return answer
+
+    async def _read(self, delivery: Delivery) -> TaskDefinition | None:
+        try:
+            return TaskDefinition.from_json(delivery.data)
+        except NewerTask as error:
+            log.warning("task.newer", subject=delivery.subject, error=str(error), hint="a newer worker will take it")
+            await delivery.nak(NEWER_TASK_DELAY_S * (1 + self._chance()))
+        except MalformedTask as error:
+            last = delivery.subject.rpartition(".")[2]
+            job_id = last if is_job_id(last) else None
+            letter = DeadLetter(job_id, 0, "malformed", str(error), delivery.data)
+            if await self._bury(letter):
+                await delivery.ack()
+        return None
+
+    async def _bury(self, letter: DeadLetter) -> bool:
+        """Publish a dead letter; whether it is stored. Where it is not, the redelivery tries again."""
+        try:
+            await self._queue.dead_letter(letter)
+        except QueueError as error:
+            log.error("dead_letter.not_stored", job_id=letter.job_id, error=str(error))
+            return False
+        log.warning("dead_letter.stored", job_id=letter.job_id, reason=letter.reason)
+        return True
+
+    async def _claim(self, task: TaskDefinition, delivery: Delivery | None) -> tuple[float, ClaimAnswer]:
+        """Step 3; with the store down it waits, and the keeper keeps the message."""
+        # A token per pull, not per worker: a restarted worker must not be taken for its own dead attempt.
+        token = f"{random.getrandbits(64):016x}"
+        asked_at = self._clock()
+
+        async def claim() -> ClaimAnswer:
+            nonlocal asked_at
+            asked_at = self._clock()
+            return await self._store.claim(
+                task,
+                token=token,
+                worker=self.worker_id,
+                lease_ms=self._keeper.lease_ms,
+                published_at=delivery.published_at if delivery else None,
+            )
+
+        try:
+            answer = await (self._gate.insist(claim) if delivery else claim())
+        except StoreError as error:
+            if delivery is None:
+                raise
+            log.error("claim.refused", job_id=task.job_id, error=str(error))
+            answer = NotNow(int(REFUSED_DELAY_S * 1000), str(error))
+        return asked_at, answer
+
+    async def _attempt(
+        self, task: TaskDefinition, granted: Granted, asked_at: float, delivery: Delivery | None
+    ) -> None:
+        attempt = Attempt(
+            task,
+            granted,
+            store=self._store,
+            gate=self._gate,
+            runner=self._runner,
+            rules=self._rules,
+            clock=self._clock,
+        )
+        self._attempts.add(attempt)
+        try:
+            with self._keeper.attempt(attempt, asked_at) as held:
+                if granted.dead is not None:
+                    outcome, changes = await self._dead(task, granted, granted.dead)
+                else:
+                    outcome, changes = await attempt.run(held)
+                await self._settle(attempt, outcome, changes, delivery)
+        finally:
+            self._attempts.discard(attempt)
+
+    async def _dead(self, task: TaskDefinition, granted: Granted, error: ErrorInfo) -> tuple[Outcome, Changes]:
+        """Step 9: the dead letter is stored before the job ends."""
+        letter = DeadLetter(task.job_id, granted.fence, error.code, error.message, task.to_json())
+        return (Failed(error) if await self._bury(letter) else Lost()), Changes()
+
+    async def _settle(self, attempt: Attempt, outcome: Outcome, changes: Changes, delivery: Delivery | None) -> None:
+        """Write the outcome, and only then tell the queue. A refused write neither acks nor naks (step 7)."""
+        name = type(outcome).__name__.lower()
+        self.ended[name] = self.ended.get(name, 0) + 1
+        lease, delay_ms = attempt.lease, 0
+        match outcome:
+            case Lost():
+                log.warning("attempt.lost", job_id=lease.job_id, fence=lease.fence)
+                return
+            case Retry(error=error):
+                delay_ms = self._rules.retries.delay_ms(attempt.retries, self._chance())
+                answer = await self._gate.insist(lambda: self._store.retry(lease, delay_ms, error, changes))
+            case HandedBack():
+                answer = await self._gate.insist(lambda: self._store.hand_back(lease, changes))
+            case _:
+                ending = _ending(attempt.task, outcome)
+                written = await self._gate.insist(lambda: self._store.finish(lease, ending, changes))
+                # A job that is over needs no message, as one that a cancel has ended instead of a retry.
+                answer = "cancelled" if written == "ok" else "lost"
+        if answer == "lost":
+            log.warning("attempt.write_refused", job_id=lease.job_id, fence=lease.fence, outcome=name)
+        elif delivery is not None and answer == "cancelled":
+            await delivery.ack()
+        elif delivery is not None:
+            await delivery.nak(spread_ms(delay_ms, self._chance()) / 1000 if delay_ms else 0)
+
+
+def _ending(task: TaskDefinition, outcome: Outcome) -> Ending:
+    match outcome:
+        case Completed():
+            return transitions.completed(len(task.tools))
+        case Failed(error=error):
+            return transitions.failed(error)
+        case Cancelled():
+            return transitions.cancelled(outcome)
+        case Unknown(calls=calls):
+            return transitions.unknown(task.job_id, calls)
+        case _:
+            raise TypeError(f"{type(outcome).__name__} does not end a job")

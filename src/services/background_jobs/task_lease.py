@@ -1,0 +1,135 @@
+"""Keeps what a process holds: leases in the store and deliveries of the queue, renewed together.
+
+Every third of the lease (a lost renewal leaves two more), one pipeline renews all running attempts, and `in_progress`
+starts the ack_wait of every message in hand anew, also of those that wait for the store. The answer carries cancel
+requests and lost fences. An attempt whose lease could not be renewed in time is stopped by its own monotonic clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+
+from toolfleet.services.background_jobs.errors import StoreError, StoreUnavailable
+from toolfleet.services.background_jobs.ports import Delivery, JobStore, Lease
+from toolfleet.services.background_jobs.store_gate import StoreGate
+from toolfleet.services.background_jobs.transitions import Stop
+
+log = structlog.get_logger(__name__)
+
+
+class Stoppable(Protocol):
+    """An attempt, as the keeper sees it."""
+
+    @property
+    def lease(self) -> Lease:
+        """What names it."""
+
+    def stop(self, why: Stop) -> None:
+        """End its calls."""
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """An attempt and the monotonic second at which its lease ends."""
+
+    attempt: Stoppable
+    deadline: float
+
+
+class LeaseKeeper:
+    """Renews all that a process holds."""
+
+    def __init__(
+        self, store: JobStore, gate: StoreGate, *, lease_s: float, ack_wait_s: float, clock: Callable[[], float]
+    ) -> None:
+        self._store = store
+        self._gate = gate
+        self.lease_s = lease_s
+        self._ack_wait = ack_wait_s
+        self._clock = clock
+        self._held: dict[str, Held] = {}
+        self._deliveries: set[Delivery] = set()
+
+    @property
+    def lease_ms(self) -> int:
+        """As the store takes it."""
+        return int(self.lease_s * 1000)
+
+    @contextlib.contextmanager
+    def delivery(self, delivery: Delivery | None) -> Iterator[None]:
+        """Keep a message from being delivered to others while it is in hand."""
+        if delivery is None:
+            yield
+            return
+        self._deliveries.add(delivery)
+        try:
+            yield
+        finally:
+            self._deliveries.discard(delivery)
+
+    @contextlib.contextmanager
+    def attempt(self, attempt: Stoppable, asked_at: float) -> Iterator[Held]:
+        """Renew an attempt's lease; `asked_at` is the monotonic second before the claim was sent."""
+        held = Held(attempt, asked_at + self.lease_s)
+        self._held[attempt.lease.job_id] = held
+        try:
+            yield held
+        finally:
+            if self._held.get(attempt.lease.job_id) is held:
+                del self._held[attempt.lease.job_id]
+
+    def cancel(self, job_id: str) -> None:
+        """A cancel request was heard of by Pub/Sub."""
+        if held := self._held.get(job_id):
+            held.attempt.stop(Stop.CANCEL)
+
+    async def run(self) -> None:
+        """Renew until cancelled."""
+        interval = min(self.lease_s, self._ack_wait) / 3
+        while True:
+            await asyncio.sleep(interval)
+            await self.renew_all()
+
+    async def watch_deadlines(self) -> None:
+        """Stop attempts whose lease ran out, until cancelled. A loop of its own: it must not wait for the store."""
+        while True:
+            await asyncio.sleep(min(0.5, self.lease_s / 10))
+            self.expire()
+
+    def expire(self) -> None:
+        """Stop the attempts whose lease ended by our clock."""
+        now = self._clock()
+        for held in list(self._held.values()):
+            if held.deadline <= now:
+                log.warning("lease.expired", job_id=held.attempt.lease.job_id, hint="Redis did not answer in time")
+                held.attempt.stop(Stop.LOST)
+
+    async def renew_all(self) -> None:
+        """One renewal of everything in hand."""
+        for delivery in list(self._deliveries):
+            await delivery.in_progress()
+        held = list(self._held.values())
+        if not held:
+            return
+        asked_at = self._clock()
+        try:
+            answers = await self._store.renew([h.attempt.lease for h in held], self.lease_ms)
+        except StoreUnavailable as error:
+            self._gate.shut(error)
+            return
+        except StoreError as error:
+            log.error("lease.renewal_refused", error=str(error))
+            return
+        for one, answer in zip(held, answers, strict=True):
+            if answer == "lost":
+                one.attempt.stop(Stop.LOST)
+                continue
+            one.deadline = asked_at + self.lease_s
+            if answer == "cancel":
+                one.attempt.stop(Stop.CANCEL)

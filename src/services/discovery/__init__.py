@@ -1,0 +1,1 @@
+"""Finding NATS, Redis and MCP servers: explicit URLs, Consul, or nothing."""

@@ -1,0 +1,1 @@
+"""MCP sessions, the tool catalogue, routing and delivery policy."""

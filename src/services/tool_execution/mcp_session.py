@@ -1,0 +1,394 @@
+"""One open session with one MCP server, shared by all calls that run at once.
+
+The SDK's client is entered and left by one task of this session, since its cancel scopes belong to the task that
+entered them; calls run in tasks of their own. A call that nobody waits for any more is taken back: the SDK then tells
+the server in the way of its protocol version (`notifications/cancelled`, or closing the stream of a 2026-07-28 HTTP
+request).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Final, Literal, TypeVar, cast
+
+from mcp import Client
+from mcp.client import ClientSession
+from mcp.client.streamable_http import streamable_http_client
+from mcp.shared.exceptions import MCPError
+from mcp_types import (
+    CONNECTION_CLOSED,
+    HEADER_MISMATCH,
+    CallToolRequest,
+    CallToolRequestParams,
+    Implementation,
+    PaginatedRequestParams,
+    RequestParamsMeta,
+)
+from mcp_types.version import LATEST_MODERN_VERSION, MODERN_PROTOCOL_VERSIONS
+from pydantic import RootModel, ValidationError
+
+from toolfleet.services.background_jobs.errors import (
+    ToolfleetError,
+    ToolServerFailed,
+    ToolTimedOut,
+    ToolUnavailable,
+)
+from toolfleet.services.background_jobs.ports import ProgressSink
+from toolfleet.services.discovery.models import McpServer
+from toolfleet.services.tool_execution.call_outcome import Where, failure_of
+from toolfleet.services.tool_execution.exchange import Exchange, NotSent, Refused, use_exchange
+from toolfleet.services.tool_execution.http_transport import open_http
+from toolfleet.services.tool_execution.stdio_transport import stdio_transport
+
+_log = logging.getLogger(__name__)
+
+Mode = Literal["auto", "legacy"]
+"""The SDK's: `auto` asks for the newest protocol and falls back to the older handshake; `legacy` is that alone."""
+
+_CLIENT: Final = Implementation(name="toolfleet", version=version("toolfleet"))
+_TELL_S: Final = 2.0
+"""The bound of telling a server that a call is taken back."""
+_LEAVE_S: Final = 10.0
+"""For a session to close; above the bounds of the transports together."""
+_PROBE_S: Final = 5.0
+_PAGES: Final = 100
+"""Of a tool listing: a server that pages for ever must not hold the catalogue."""
+_JSON_OVERHEAD: Final = 3
+"""A message may be this many times the result's limit: escapes (``\\u00e9`` for two bytes of UTF-8) and framing."""
+
+_T = TypeVar("_T")
+_E = TypeVar("_E", bound=BaseException)
+
+
+class _Raw(RootModel[dict[str, Any]]):
+    """A result as it came; the SDK has checked it against the protocol's schema by then."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLimits:
+    """Bounds of a session. Sizes in bytes, times in seconds."""
+
+    connect_timeout: float
+    max_result_bytes: int
+    max_connections: int
+
+
+class McpSession:
+    """One open session. Open it once; when it has ended, make another.
+
+    Args:
+        server: how the server is reached.
+        limits: its bounds.
+    """
+
+    def __init__(self, server: McpServer, limits: SessionLimits) -> None:
+        self.server = server
+        self._limits = limits
+        self._session: ClientSession | None = None
+        self._owner: asyncio.Task[None] | None = None
+        self._leave = asyncio.Event()
+        self._calls: set[asyncio.Task[Any]] = set()
+        self._answered = False
+        self._ended = False
+
+    @property
+    def usable(self) -> bool:
+        """Whether a new call can be made on it."""
+        return self._session is not None and not self._ended
+
+    @property
+    def answered(self) -> bool:
+        """Whether the server has ever answered a call or a listing on it."""
+        return self._answered
+
+    @property
+    def modern(self) -> bool:
+        """Whether it speaks 2026-07-28 or later, which over HTTP keeps no state between requests."""
+        return self.protocol_version in MODERN_PROTOCOL_VERSIONS
+
+    @property
+    def protocol_version(self) -> str | None:
+        """As negotiated."""
+        return self._session.protocol_version if self._session else None
+
+    async def open(self, mode: Mode, timeout: float) -> None:
+        """Connect and negotiate.
+
+        After a failure `close` is still to be called: it waits for what was started to be gone.
+
+        Raises:
+            TimeoutError: the server did not answer in time.
+            ToolUnavailable: it can't be reached or started, or refuses; the message says why.
+        """
+        opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._owner = asyncio.create_task(self._own(mode, opened), name=f"mcp-session-{self.server.name}")
+        try:
+            async with asyncio.timeout(timeout):
+                await asyncio.shield(opened)
+        except BaseException:
+            # Not waited for: ending a process takes seconds, and the caller has waited long enough. See `close`.
+            opened.cancel()
+            self._owner.cancel()
+            raise
+
+    async def close(self) -> None:
+        """End the session; calls on it fail as lost. Safe to repeat."""
+        self._ended = True
+        self._leave.set()
+        owner = self._owner
+        if owner is None or owner.done():
+            return
+        if self._session is None:
+            # Still connecting: only cancelling ends the SDK's wait for an answer.
+            owner.cancel()
+        _, late = await asyncio.wait({owner}, timeout=_LEAVE_S)
+        if late:
+            _log.warning("session with MCP server %s does not end; cancelling it", self.server.name)
+            owner.cancel()
+            await asyncio.wait({owner}, timeout=_LEAVE_S)
+
+    async def idle(self) -> None:
+        """Wait until no call is on it."""
+        while self._calls:
+            await asyncio.wait(set(self._calls))
+
+    async def _own(self, mode: Mode, opened: asyncio.Future[None]) -> None:
+        """Enter the client, keep it until the end, leave it: all in this task."""
+        exchange = Exchange()
+        use_exchange(exchange)
+        try:
+            client = Client(self._transport(), mode=mode, cache=None, client_info=_CLIENT, read_timeout_seconds=None)
+            async with client:
+                self._session = client.session
+                if not opened.done():
+                    opened.set_result(None)
+                await self._leave.wait()
+        except Exception as error:
+            # The boundary to the SDK: whatever it raises, this session is over, and the next call opens another.
+            if opened.done():
+                _log.warning("session with MCP server %s broke: %s", self.server.name, _named(error))
+            else:
+                opened.set_exception(self._unavailable(error, exchange))
+        finally:
+            self._ended = True
+            if not opened.done():
+                opened.cancel()
+
+    def _transport(self) -> AbstractAsyncContextManager[Any]:
+        wire_limit = self._limits.max_result_bytes * _JSON_OVERHEAD
+        if self.server.url is None:
+            return stdio_transport(self.server, max_line=wire_limit, on_end=self._end)
+        return self._http(self.server.url, wire_limit)
+
+    @asynccontextmanager
+    async def _http(self, url: str, wire_limit: int) -> AsyncIterator[Any]:
+        async with (
+            open_http(
+                self.server.headers,
+                connect_timeout=self._limits.connect_timeout,
+                max_connections=self._limits.max_connections,
+                max_body=wire_limit,
+            ) as http,
+            streamable_http_client(url, http_client=http, max_sse_event_size=wire_limit) as streams,
+        ):
+            yield streams
+
+    def _end(self) -> None:
+        """The server has closed the connection: no call may start on it, and the owner leaves."""
+        self._ended = True
+        self._leave.set()
+
+    def _unavailable(self, error: Exception, exchange: Exchange) -> ToolUnavailable:
+        """Why the session could not be opened, in words that say what to do."""
+        known = _first(error, ToolUnavailable)
+        if known is not None:
+            return known
+        name = self.server.name
+        match exchange.fault:
+            case NotSent(reason):
+                return ToolUnavailable(f"MCP server '{name}' ({self.server.location}) can't be reached: {reason}")
+            case Refused(status) if status in (401, 403):
+                return ToolUnavailable(
+                    f"MCP server '{name}' answered with HTTP {status}; check the 'headers' (credentials) in its "
+                    "configuration"
+                )
+            case Refused(status):
+                return ToolUnavailable(f"MCP server '{name}' ({self.server.location}) answered with HTTP {status}")
+        answer = _first(error, MCPError)
+        if answer is not None and answer.code == CONNECTION_CLOSED:
+            return ToolUnavailable(
+                f"MCP server '{name}' ended before it was ready; its log lines say more", closed=True
+            )
+        reason = answer.message[:200] if answer else _named(error)
+        return ToolUnavailable(f"no session with MCP server '{name}' ({self.server.location}): {reason}")
+
+    async def call(
+        self, tool: str, arguments: Mapping[str, Any], *, meta: Mapping[str, Any], on_progress: ProgressSink,
+        timeout: float,
+    ) -> Mapping[str, Any]:  # fmt: skip
+        """Call a tool; the result object as it came.
+
+        Raises:
+            ToolFailure: one of its subclasses. `SessionGone` where another session can take the call.
+        """
+        where = Where(self.server.name, tool, self._limits.max_result_bytes)
+        exchange = Exchange()
+
+        async def tell(progress: float, total: float | None, message: str | None) -> None:
+            on_progress(progress, total, message)
+
+        async def attempt() -> Mapping[str, Any]:
+            session = self._open_session()
+            request = CallToolRequest(
+                params=CallToolRequestParams(
+                    name=tool, arguments=dict(arguments), _meta=cast("RequestParamsMeta", dict(meta))
+                )
+            )
+            try:
+                answer = await session.send_request(request, _Raw, progress_callback=tell)
+            except MCPError as error:
+                if error.code != HEADER_MISMATCH:
+                    raise
+                # The tool mirrors arguments into headers, which the SDK knows from the listing only.
+                await self._listed(session)
+                answer = await session.send_request(request, _Raw, progress_callback=tell)
+            self._answered = True
+            return answer.root
+
+        try:
+            return await self._bounded(attempt(), exchange, timeout)
+        except TimeoutError:
+            if not exchange.sent:
+                raise ToolUnavailable(
+                    f"the call of '{where.name}' could not be sent within {timeout:g} s: all connections to MCP server "
+                    f"'{where.server}' are busy"
+                ) from None
+            raise ToolTimedOut(
+                f"'{where.name}' did not answer within {timeout:g} s; its server was told to stop"
+            ) from None
+        except MCPError as error:
+            raise failure_of(where, error, exchange) from error
+        except ValidationError as error:
+            raise ToolServerFailed(_not_a_result(where, error)) from None
+
+    async def list_tools(self) -> list[dict[str, Any]]:
+        """All tools of the server, page by page, in the protocol's own form.
+
+        Raises:
+            ToolFailure: one of its subclasses.
+        """
+        where = Where(self.server.name, "tools/list", self._limits.max_result_bytes)
+        exchange = Exchange()
+        try:
+            session = self._open_session()
+            return await self._bounded(self._listed(session), exchange, self._limits.connect_timeout)
+        except TimeoutError:
+            raise ToolTimedOut(f"MCP server '{self.server.name}' did not list its tools in time") from None
+        except MCPError as error:
+            raise failure_of(where, error, exchange) from error
+        except ValidationError as error:
+            raise ToolServerFailed(_not_a_result(where, error)) from None
+
+    async def alive(self) -> bool:
+        """Whether the server still answers anything at all, within a bound."""
+        try:
+            session = self._open_session()
+            question = _anything(session)
+            await self._bounded(question, Exchange(), min(_PROBE_S, self._limits.connect_timeout))
+        except TimeoutError:
+            return False
+        except MCPError as error:
+            return error.code != CONNECTION_CLOSED  # an error is an answer
+        return True
+
+    def _open_session(self) -> ClientSession:
+        if self._session is None or self._ended:
+            raise MCPError(CONNECTION_CLOSED, "the session has ended")
+        return self._session
+
+    async def _listed(self, session: ClientSession) -> list[dict[str, Any]]:
+        tools: list[dict[str, Any]] = []
+        cursor: str | None = None
+        for _ in range(_PAGES):
+            page = await session.list_tools(params=PaginatedRequestParams(cursor=cursor))
+            tools += [tool.model_dump(mode="json", by_alias=True, exclude_none=True) for tool in page.tools]
+            cursor = page.next_cursor
+            if not cursor:
+                self._answered = True
+                return tools
+        _log.warning("MCP server %s lists its tools on more than %d pages; the rest is left", self.server.name, _PAGES)
+        return tools
+
+    async def _bounded(self, work: Coroutine[Any, Any, _T], exchange: Exchange, timeout: float) -> _T:
+        """Run a request in a task of its own; take it back on time-out and on cancellation, telling the server.
+
+        Raises:
+            TimeoutError: no answer in time; what `work` raises.
+        """
+        context = contextvars.copy_context()
+        context.run(use_exchange, exchange)
+        task = asyncio.create_task(work, name=f"mcp-call-{self.server.name}", context=context)
+        self._calls.add(task)
+        task.add_done_callback(self._forget)
+        try:
+            await asyncio.wait({task}, timeout=timeout)
+            if task.done():
+                return task.result()
+        except asyncio.CancelledError:
+            await self._take_back(task, exchange)
+            raise
+        await self._take_back(task, exchange)
+        if task.done() and not task.cancelled():
+            return task.result()  # the answer came while the call was being taken back
+        raise TimeoutError
+
+    async def _take_back(self, task: asyncio.Task[Any], exchange: Exchange) -> None:
+        task.cancel()
+        try:
+            # A server that does not even take the cancel must not hold the worker's slot.
+            await asyncio.wait({task}, timeout=_TELL_S)
+        finally:
+            exchange.abandon()
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._calls.discard(task)
+        if not task.cancelled():
+            task.exception()  # looked at, so that asyncio does not report what nobody waits for any more
+
+
+async def _anything(session: ClientSession) -> None:
+    """Ask what every server can answer. The protocol of 2026-07-28 has no ping; asking for its versions is as cheap."""
+    if session.protocol_version in MODERN_PROTOCOL_VERSIONS:
+        await session.send_discover(LATEST_MODERN_VERSION)
+    else:
+        await session.send_ping()
+
+
+def _first(error: BaseException, kind: type[_E]) -> _E | None:
+    """The first exception of a kind, inside exception groups too."""
+    if isinstance(error, kind):
+        return error
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            if (found := _first(inner, kind)) is not None:
+                return found
+    return None
+
+
+def _named(error: BaseException) -> str:
+    """An exception by type, and by text where the text is this program's own."""
+    while isinstance(error, BaseExceptionGroup) and error.exceptions:
+        error = error.exceptions[0]
+    return str(error) if isinstance(error, ToolfleetError | MCPError | RuntimeError) else type(error).__name__
+
+
+def _not_a_result(where: Where, error: ValidationError) -> str:
+    first = error.errors(include_input=False, include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"]) or "the result"
+    return f"MCP server '{where.server}' answered '{where.name}' with an invalid result: {field}: {first['msg']}"
