@@ -71,14 +71,14 @@ async def start_http(notes: Notes, no_process_left: None) -> AsyncIterator[Start
         await toolbox.kill()
 
 
-@pytest.fixture(params=["stdio", "stdio-old", "http", "http-old", "http-old-json"])
+@pytest.fixture(params=["stdio", "stdio-old", "http", "http-old"])
 async def toolbox(request: pytest.FixtureRequest, notes: Notes, start_http: StartHttp) -> McpServer:
     """The toolbox under every transport and protocol generation; `-old` is the SDK's previous release."""
     way = str(request.param)
     python = peer("python") if "old" in way else sys.executable
     if way.startswith("stdio"):
         return stdio_toolbox(notes, python=python)
-    http = await start_http(python, ("json",) if way.endswith("json") else ())
+    http = await start_http(python)
     return McpServer("toolbox", url=http.url)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from toolfleet.services.web_tools.crawl_tool import WebCrawlTool
 from toolfleet.services.web_tools.models import CrawlRequest, CrawlResult
 from toolfleet.settings import Settings
 
-CrawlFn = Callable[..., Awaitable[CrawlResult]]
+CrawlFn = Callable[..., Coroutine[Any, Any, CrawlResult]]
 
 
 @pytest.fixture

@@ -47,6 +47,8 @@ class Site:
         """A request waits in `hold`."""
         self.abandoned = asyncio.Event()
         """The client of a request in `hold` closed its connection."""
+        self.release = asyncio.Event()
+        """Set by a test to let `hold` answer after all."""
 
     def url(self, path: str = "/") -> str:
         return self.base_url + path
@@ -56,12 +58,19 @@ class Site:
         return int(self.base_url.rpartition(":")[2])
 
     async def hold(self, request: Request) -> Response:
-        """A page that never comes."""
+        """A page that comes when the test releases it, or never."""
         self.held.set()
+        gone = asyncio.create_task(self._gone(request))
+        released = asyncio.create_task(self.release.wait())
+        await asyncio.wait({gone, released}, return_when=asyncio.FIRST_COMPLETED)
+        gone.cancel()
+        released.cancel()
+        return HTMLResponse(html("Held"))
+
+    async def _gone(self, request: Request) -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
         self.abandoned.set()
-        return PlainTextResponse("too late")
 
     async def answer(self, request: Request) -> Response:
         path = request.url.path

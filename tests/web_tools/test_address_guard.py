@@ -25,7 +25,7 @@ from toolfleet.services.web_tools.models import SkipCode
         ("223.255.255.255", AddressKind.PUBLIC),
         ("2606:4700:4700::1111", AddressKind.PUBLIC),
         ("2a00:1450:4001:830::200e", AddressKind.PUBLIC),
-        ("0.0.0.0", AddressKind.UNSPECIFIED),  # noqa: S104 - an address to judge, nothing listens on it
+        ("0.0.0.0", AddressKind.UNSPECIFIED),
         ("10.1.2.3", AddressKind.PRIVATE),
         ("172.16.0.1", AddressKind.PRIVATE),
         ("172.31.255.255", AddressKind.PRIVATE),
@@ -121,7 +121,9 @@ async def test_one_forbidden_address_refuses_the_name(private: str) -> None:
 
 
 async def test_a_refusal_names_the_setting_that_allows_it() -> None:
-    with pytest.raises(AddressRefusedError, match="127.0.0.1 is a loopback address.*TOOLFLEET_WEB_ALLOW_PRIVATE=true"):
+    with pytest.raises(
+        AddressRefusedError, match=r"127\.0\.0\.1 is a loopback address.*TOOLFLEET_WEB_ALLOW_PRIVATE=true"
+    ):
         await guard().addresses_for("127.0.0.1", 80)
 
 
@@ -140,6 +142,6 @@ async def test_a_name_that_does_not_resolve_is_a_failed_connection() -> None:
     async def resolver(_host: str, _port: int) -> Sequence[str]:
         raise OSError("Name or service not known")
 
-    with pytest.raises(FetchFailedError, match="host name nowhere.test does not resolve") as caught:
+    with pytest.raises(FetchFailedError, match=r"host name nowhere\.test does not resolve") as caught:
         await AddressGuard(resolver=resolver).addresses_for("nowhere.test", 80)
     assert caught.value.code is SkipCode.CONNECTION

@@ -153,7 +153,7 @@ async def test_a_site_of_broken_links_ends_the_crawl(site: Site, crawl: CrawlFn)
 
 async def test_a_crawl_out_of_time_gives_what_it_has(site: Site, crawl: CrawlFn) -> None:
     site.answers |= {"/": html("Home", "/a", "/slow"), "/a": html("A"), "/slow": site.hold}
-    result = await crawl(site.url(), settings={"web_crawl_timeout": 1})
+    result = await crawl(site.url(), settings={"web_crawl_timeout": 2})
     assert paths(result) == ["/", "/a"]
     assert result.stopped_by is StopReason.DEADLINE
     assert result.totals.unvisited == 1
@@ -176,7 +176,7 @@ async def test_fetches_run_at_once_up_to_the_limit(site: Site, crawl: CrawlFn) -
         return PlainTextResponse("met")
 
     links = [f"/{number}" for number in range(2 * CONCURRENCY)]
-    site.answers |= {"/": html("Home", *links)} | {link: together for link in links}
+    site.answers |= {"/": html("Home", *links)} | dict.fromkeys(links, together)
     assert (await crawl(site.url(), max_pages=50)).totals.pages == 1 + 2 * CONCURRENCY
 
 
@@ -196,7 +196,7 @@ async def test_progress_counts_pages_towards_a_bound_that_becomes_exact(site: Si
 
 async def test_a_cancelled_crawl_closes_what_it_was_fetching(site: Site, crawl: CrawlFn) -> None:
     site.answers |= {"/": html("Home", "/slow"), "/slow": site.hold}
-    running = asyncio.create_task(crawl(site.url()))  # type: ignore[arg-type]
+    running = asyncio.create_task(crawl(site.url()))
     await asyncio.wait_for(site.held.wait(), 10)
     running.cancel()
     with pytest.raises(asyncio.CancelledError):

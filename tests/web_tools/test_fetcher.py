@@ -50,7 +50,10 @@ async def failure(url: str, wanted: Wanted = PAGE, **options: object) -> FetchFa
 
 
 async def test_a_page_comes_with_its_type_charset_and_final_url(site: Site) -> None:
-    site.answers |= {"/": redirect("/page#part"), "/page": Response(b"gr\xfc\xdfe", media_type="text/plain; charset=latin-1")}
+    site.answers |= {
+        "/": redirect("/page#part"),
+        "/page": Response(b"gr\xfc\xdfe", media_type="text/plain; charset=latin-1"),
+    }
     fetched = await fetch(site.url())
     assert (str(fetched.url), fetched.status, fetched.body) == (site.url("/page"), 200, b"gr\xfc\xdfe")
     assert (fetched.content_type, fetched.charset) == ("text/plain", "latin-1")
@@ -159,7 +162,10 @@ async def test_a_compression_bomb_is_too_large(site: Site) -> None:
 
 
 async def test_gzip_and_deflate_are_unpacked(site: Site) -> None:
-    site.answers |= {"/gzip": packed(gzip.compress(b"hello"), "gzip"), "/zlib": packed(zlib.compress(b"hello"), "deflate")}
+    site.answers |= {
+        "/gzip": packed(gzip.compress(b"hello"), "gzip"),
+        "/zlib": packed(zlib.compress(b"hello"), "deflate"),
+    }
     assert (await fetch(site.url("/gzip"))).body == b"hello"
     assert (await fetch(site.url("/zlib"))).body == b"hello"
 

@@ -63,7 +63,9 @@ async def test_rules_allow_and_forbid(site: Site) -> None:
 
 
 async def test_rules_for_this_agent_win_over_those_for_all(site: Site) -> None:
-    site.answers["/robots.txt"] = text("User-agent: *", "Disallow: /", "", "User-agent: toolfleet-test", "Disallow: /no")
+    site.answers["/robots.txt"] = text(
+        "User-agent: *", "Disallow: /", "", "User-agent: toolfleet-test", "Disallow: /no"
+    )
     async with open_gate() as gate:
         await gate.admit(site.url("/yes"))
         await gate.refusal(site.url("/no"))

@@ -39,6 +39,7 @@ class NatsConnection:
         self._connecting: asyncio.Task[None] | None = None
         self._listeners: list[Callable[[], Awaitable[None]]] = []
         self._closing = False
+        self._up = asyncio.Event()
         self.reconnects = 0
         self.last_error = "not connected yet"
 
@@ -62,6 +63,10 @@ class NatsConnection:
         await asyncio.wait([self._connecting], timeout=wait_s)
         return self.connected
 
+    async def wait_connected(self) -> None:
+        """Until there is a connection."""
+        await self._up.wait()
+
     async def _connect(self) -> None:
         while not self._client.is_connected:
             try:
@@ -80,7 +85,9 @@ class NatsConnection:
             except (nats.errors.Error, OSError) as error:
                 await self._on_error(error)
                 await asyncio.sleep(RECONNECT_WAIT_S)
-        if self.reconnects == 0 and self.last_error != "not connected yet":
+        self._up.set()
+        if self.last_error != "not connected yet":
+            # It came up late: whoever waits for a reconnect has waited for this.
             await self._notify()
 
     async def _on_error(self, error: Exception) -> None:
@@ -90,12 +97,14 @@ class NatsConnection:
         self.last_error = text
 
     async def _on_disconnect(self) -> None:
+        self._up.clear()
         if self._closing:
             return
         self.last_error = "disconnected"
         log.warning("nats.disconnected", hint="jobs in hand go on; pulling resumes after the reconnect")
 
     async def _on_reconnected(self) -> None:
+        self._up.set()
         self.reconnects += 1
         log.info("nats.reconnected", reconnects=self.reconnects)
         await self._notify()

@@ -148,8 +148,7 @@ class PullFeed:
         # A new inbox for each life of the pull: what an old pull still delivers has no reader and comes again after
         # ack_wait, instead of arriving beyond the credits of the new one.
         client = self._connection.client
-        while not self._connection.connected:
-            await asyncio.sleep(CHECK_S)
+        await self._connection.wait_connected()
         self._inbox = client.new_inbox()
         self._subscription = await client.subscribe(f"{self._inbox}.*", cb=self._on_message)
         self._outstanding = 0

@@ -171,7 +171,9 @@ class McpSession:
                 await self._leave.wait()
         except Exception as error:
             # The boundary to the SDK: whatever it raises, this session is over, and the next call opens another.
-            if opened.done():
+            if self._leave.is_set():
+                _log.debug("leaving MCP server %s: %s", self.server.name, _named(error))
+            elif opened.done():
                 _log.warning("session with MCP server %s broke: %s", self.server.name, _named(error))
             else:
                 opened.set_exception(self._unavailable(error, exchange))
@@ -266,11 +268,11 @@ class McpSession:
         except TimeoutError:
             if not exchange.sent:
                 raise ToolUnavailable(
-                    f"the call of '{where.name}' could not be sent within {timeout:g} s: all connections to MCP server "
+                    f"the call of '{where.name}' could not be sent within {timeout:.3g} s: all connections to MCP server "
                     f"'{where.server}' are busy"
                 ) from None
             raise ToolTimedOut(
-                f"'{where.name}' did not answer within {timeout:g} s; its server was told to stop"
+                f"'{where.name}' did not answer within {timeout:.3g} s; its server is told to stop"
             ) from None
         except MCPError as error:
             raise failure_of(where, error, exchange) from error

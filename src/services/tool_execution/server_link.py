@@ -195,7 +195,7 @@ class ServerLink:
 
     async def _probe(self, session: McpSession) -> None:
         try:
-            if not await session.alive():
+            if not await session.alive() and session.usable:
                 _log.warning("MCP server %s shows no sign of life; new calls get a new session", self.server.name)
                 self.retire(session)
         finally:

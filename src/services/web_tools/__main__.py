@@ -96,7 +96,7 @@ async def _run_http(settings: Settings, ready_file: Path | None) -> None:
             log.info("stopping; %d crawls still run", running.tool.active)
             with suppress(TimeoutError):
                 async with asyncio.timeout(settings.web_drain_timeout):
-                    await _first_of(running.tool.drain(), hurry.wait())
+                    await _first_of(running.drain(), hurry.wait())
             running.hosted.close_as_on_signal(signal.SIGTERM)
 
 

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, contextmanager
 from ipaddress import IPv6Address, ip_address
 
 import uvicorn
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 SHUTDOWN_GRACE = 2
 """Whole seconds that uvicorn gives open connections once it was told to stop."""
@@ -49,7 +49,7 @@ class HostedApp:
 
 
 @asynccontextmanager
-async def host_app(app: Starlette, host: str, port: int) -> AsyncIterator[HostedApp]:
+async def host_app(app: ASGIApp, host: str, port: int) -> AsyncIterator[HostedApp]:
     """Serve `app` while the context is open; port 0 takes a free one.
 
     Raises:

@@ -17,15 +17,18 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import anyio
 
 try:
     from mcp.server.mcpserver import Context, Image, MCPServer
+    from mcp.server.mcpserver.exceptions import ToolError
 except ImportError:  # the previous release of the SDK, in the environment of the peers
     from mcp.server.fastmcp import Context, Image  # type: ignore[no-redef,import-not-found]
     from mcp.server.fastmcp import FastMCP as MCPServer  # type: ignore[no-redef,import-not-found]
+    from mcp.server.fastmcp.exceptions import ToolError  # type: ignore[no-redef,import-not-found]
 
 from mcp.types import ToolAnnotations
 
@@ -39,7 +42,7 @@ notes_path = ""
 
 
 def note(**entry: object) -> None:
-    with open(notes_path, "a") as notes:
+    with Path(notes_path).open("a") as notes:
         notes.write(json.dumps({"pid": os.getpid(), **entry}) + "\n")
 
 
@@ -62,7 +65,7 @@ def once(label: str) -> str:
     return label
 
 
-@app.tool()
+@app.tool(structured_output=False)
 def picture() -> list[Any]:
     """A text and an image."""
     return ["one pixel", Image(data=PIXEL, format="png")]
@@ -71,7 +74,7 @@ def picture() -> list[Any]:
 @app.tool()
 def refuse(reason: str) -> str:
     """Fails with a reason."""
-    raise ValueError(reason)
+    raise ToolError(reason)
 
 
 @app.tool()
@@ -111,7 +114,7 @@ async def hang(label: str) -> str:
 async def wait_for(path: str) -> str:
     """Answers once a file exists."""
     note(event="waiting", label=path)
-    while not os.path.exists(path):
+    while not Path(path).exists():
         await anyio.sleep(0.01)
     return "there"
 
