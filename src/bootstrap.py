@@ -22,7 +22,14 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from toolfleet.services.background_jobs.attempt import AttemptRules
-from toolfleet.services.background_jobs.errors import QueueError, StoreError, StreamMismatch
+from toolfleet.services.background_jobs.durability import (
+    Durability,
+    nats_varz,
+    queue_durability,
+    store_durability,
+    tell_durability,
+)
+from toolfleet.services.background_jobs.errors import QueueError, StoreError, StoreUnavailable, StreamMismatch
 from toolfleet.services.background_jobs.job_service import JobService, Limits
 from toolfleet.services.background_jobs.nats_connection import NatsConnection
 from toolfleet.services.background_jobs.nats_streams import StreamNames
@@ -194,6 +201,30 @@ async def prepare_queue(core: Core) -> None:
         state.ready, state.problem, state.mismatch = True, None, None
 
 
+async def durability(core: Core) -> list[Durability]:
+    """What store and queue say of their writes; raises `StoreUnavailable` where Redis does not answer."""
+    try:
+        info = await core.store.server_info()
+    except StoreUnavailable:
+        raise
+    except StoreError:
+        # A managed Redis may refuse CONFIG GET.
+        info = {}
+    url = core.settings.nats_monitoring_url
+    varz = await nats_varz(url, core.settings.publish_timeout) if url else None
+    return [store_durability(info), queue_durability(varz)]
+
+
+@contextlib.asynccontextmanager
+async def _durability_told(core: Core) -> AsyncIterator[None]:
+    """A worker or API warns of weaker settings, as soon as the servers can be asked; its start does not wait."""
+    told = asyncio.create_task(tell_durability(lambda: durability(core)), name="durability")
+    try:
+        yield
+    finally:
+        await _end([told])
+
+
 @contextlib.asynccontextmanager
 async def open_tools(core: Core) -> AsyncIterator[tuple[ToolRunner, ToolCatalogue]]:
     """The MCP tools of the fleet. Imported here: a process that brings its own tools does not pay for the SDK."""
@@ -258,6 +289,7 @@ async def open_service(
             runner, catalogue = tools, tools
         sync_runs = None
         if runs_jobs:
+            await stack.enter_async_context(_durability_told(core))
             executor, keeper, gate = _executor(core, runner, f"{name}-{socket.gethostname()}-{os.getpid()}")
             sync_runs = SyncRunner(executor, runner, attempt_rules(settings), at_once=settings.api_concurrency)
             stack.push_async_callback(gate.close)
@@ -295,6 +327,7 @@ async def open_worker(
     async with contextlib.AsyncExitStack() as stack:
         name = settings.worker_name or default_worker_name(tier)
         core = await stack.enter_async_context(open_core(settings, name=name))
+        await stack.enter_async_context(_durability_told(core))
         runner = tools if tools is not None else (await stack.enter_async_context(open_tools(core)))[0]
         executor, keeper, gate = _executor(core, runner, name)
         stack.push_async_callback(gate.close)

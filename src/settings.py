@@ -46,6 +46,10 @@ class Settings(BaseSettings):
     """A JSON file in the `mcpServers` form of desktop clients and editors."""
     mcp_variables: dict[str, SecretStr] = Field(default_factory=dict)
     """JSON: ``{"NAME": "value"}``, what ``${NAME}`` stands for in that file; the environment is not looked at."""
+    nats_monitoring_url: str | None = None
+    """``http://host:port`` of nats-server's monitoring; only there it tells whether it syncs its writes."""
+    api_url: str = "http://127.0.0.1:8081"
+    """Of the jobs API, for the command line's client commands."""
     state_dir: Path = Path(".run")
     """Where this host keeps pid files, logs and worker status files (`manage_workers.sh`)."""
 
@@ -141,8 +145,20 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "json", "console"] = "auto"
     """`auto`: console on a terminal, JSON otherwise."""
+    no_color: str = Field("", validation_alias="NO_COLOR")
+    """Not empty: no colours, as no-color.org has it."""
 
     @field_validator("retry_delays", mode="before")
     @classmethod
     def _split_delays(cls, value: object) -> object:
         return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def variable_names() -> frozenset[str]:
+    """The name of every environment variable that `Settings` reads."""
+    names: set[str] = set()
+    for name, field in Settings.model_fields.items():
+        alias = field.validation_alias
+        choices = alias.choices if isinstance(alias, AliasChoices) else [alias or f"TOOLFLEET_{name.upper()}"]
+        names.update(choice for choice in choices if isinstance(choice, str))
+    return frozenset(names)

@@ -9,8 +9,8 @@ from collections.abc import Awaitable
 
 import pytest
 
-from tests.tool_execution.conftest import OpenTools
-from tests.tool_execution.harness import JOB, Caller, Notes, spec_of, text
+from tests.tool_execution.conftest import OpenTools, StartHttp
+from tests.tool_execution.harness import JOB, Caller, Notes, peer, spec_of, text
 from tests.tool_execution.servers.toolbox import PIXEL
 from toolfleet.services.background_jobs.errors import ResultTooLarge, ToolRejected, ToolTimedOut
 from toolfleet.services.background_jobs.task_models import ToolResult
@@ -118,6 +118,21 @@ async def test_a_tool_that_the_server_does_not_know_is_no_result(call: Caller) -
     # Servers of the SDK's previous release say it in a result of their own.
     assert isinstance(outcome, ToolRejected) or outcome.is_error
     assert "nonsense" in (str(outcome) if isinstance(outcome, ToolRejected) else text(outcome))
+
+
+async def test_a_server_that_answers_with_plain_json_works_too(
+    notes: Notes, start_http: StartHttp, open_tools: OpenTools
+) -> None:
+    server = await start_http(peer("python"), ("json",))
+    call = Caller(await open_tools(McpServer("toolbox", url=server.url), max_result_bytes=200_000))
+
+    assert text(await call("echo", text="plain")) == "plain"
+    with pytest.raises(ResultTooLarge):
+        await call("big", size=2_000_000)
+    with pytest.raises(ToolTimedOut):
+        await call("hang", timeout=0.5, label="slow")
+    await notes.until("cancelled", "slow")
+    assert await call.opened("toolbox") == 1
 
 
 async def outcome_of(running: Awaitable[ToolResult]) -> ToolResult | ToolRejected:

@@ -7,6 +7,7 @@ import json
 import logging
 
 import pytest
+from mcp.shared.exceptions import MCPError
 
 from tests.support.waiting import wait_until
 from tests.tool_execution.conftest import OpenTools
@@ -22,6 +23,9 @@ from toolfleet.services.background_jobs.errors import (
     ToolUnavailable,
 )
 from toolfleet.services.discovery.models import McpServer
+from toolfleet.services.tool_execution.call_outcome import SessionGone, Where, failure_of
+from toolfleet.services.tool_execution.exchange import Exchange as WireExchange
+from toolfleet.services.tool_execution.exchange import Refused
 
 CALL = spec_of("raw", "any")
 GOOD = {"content": [{"type": "text", "text": "good", "x-more": {"a": None}}], "resultType": "complete"}
@@ -207,6 +211,49 @@ async def test_a_hung_server_gets_its_connections_taken_away(open_tools: OpenToo
         silent = False
 
         assert text(await call.run(CALL)) == "good"
+
+
+async def test_arguments_that_a_tool_wants_in_headers_are_sent_there(open_tools: OpenTools) -> None:
+    region = {"type": "string", "x-mcp-header": "Region"}
+    listing = {"name": "any", "inputSchema": {"type": "object", "properties": {"region": region}}}
+
+    async def respond(exchange: Exchange) -> None:
+        if exchange.message["method"] == "tools/list":
+            await exchange.result({"tools": [listing], "resultType": "complete", "ttlMs": 0, "cacheScope": "public"})
+        elif exchange.headers.get("mcp-param-region") != "eu":
+            await exchange.error(-32020, "header mismatch", 400)
+        else:
+            await exchange.result(GOOD)
+
+    async with raw_server(respond) as server:
+        call = Caller(await open_tools(McpServer("raw", url=server.url)))
+
+        assert text(await call.run(CALL, region="eu")) == "good"
+        assert text(await call.run(CALL, region="eu")) == "good"
+        assert [message["method"] for message in server.calls] == [
+            "tools/call",
+            "tools/list",
+            "tools/call",
+            "tools/call",
+        ]
+        with pytest.raises(ToolRejected):
+            await call.run(CALL, region="us")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (404, -32600, "Session terminated"),
+        (404, -32001, "Session not found"),
+        (400, -32000, "Bad Request: No valid session ID provided"),
+    ],
+)
+def test_all_the_ways_to_say_that_a_session_is_unknown(status: int, code: int, message: str) -> None:
+    exchange = WireExchange()
+    exchange.sent = True
+    exchange.fault = Refused(status)
+
+    assert isinstance(failure_of(Where("raw", "any", 1), MCPError(code, message), exchange), SessionGone)
 
 
 async def test_a_result_keeps_what_no_schema_names(open_tools: OpenTools) -> None:

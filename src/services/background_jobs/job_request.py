@@ -80,14 +80,18 @@ class NewJob(BaseModel):
         for number, call in enumerate(self.tools, 1):
             name = call.tool_call_id
             if name is None:
-                name = next(n for n in _names(number) if n not in taken)
+                name = _free_name(number, taken)
                 taken.add(name)
             calls.append(ToolCall(tool_call_id=name, tool_name=call.tool_name, tool_args=call.tool_args))
         return tuple(calls)
 
 
-def _names(number: int) -> list[str]:
-    return [f"call_{number}", *(f"call_{number}_{suffix}" for suffix in range(2, 1100))]
+def _free_name(number: int, taken: set[str | None]) -> str:
+    name, suffix = f"call_{number}", 1
+    while name in taken:
+        suffix += 1
+        name = f"call_{number}_{suffix}"
+    return name
 
 
 def depth_of(value: Any) -> int:

@@ -146,6 +146,19 @@ class StreamAdmin:
         compare(f"consumer {name}", wanted, info["config"])
         return False
 
+    async def state_of(self, verb: str, wanted: Mapping[str, Any]) -> str:
+        """Of a stream or consumer, asked with its INFO verb: 'ok', 'missing', or what differs. Changes nothing."""
+        try:
+            info = await self.api(verb)
+            compare(verb.partition(".INFO.")[2], wanted, info["config"])
+        except StreamMismatch as error:
+            return str(error)
+        except QueueError as error:
+            if error.details.get("err_code") in (STREAM_NOT_FOUND, CONSUMER_NOT_FOUND):
+                return "missing"
+            raise
+        return "ok"
+
 
 def compare(what: str, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Raises `StreamMismatch` naming each field that differs."""

@@ -15,10 +15,10 @@ from toolfleet.services.background_jobs.errors import (
     QueueError,
     QueueFull,
     QueueUnavailable,
-    StreamMismatch,
 )
 from toolfleet.services.background_jobs.nats_connection import NatsConnection
 from toolfleet.services.background_jobs.nats_streams import (
+    STREAM_NOT_FOUND,
     StreamAdmin,
     StreamNames,
     dead_letter_stream,
@@ -186,15 +186,30 @@ class NatsTaskQueue:
         )
 
     async def settings_report(self) -> dict[str, str]:
-        """For `doctor`: each stream and consumer as 'ok' or what differs, and the server's version."""
+        """For `doctor`: the server's version, and each stream and consumer as 'ok', 'missing' or what differs.
+
+        Raises:
+            QueueUnavailable: no answer.
+        """
         report = {"server": str(self._connection.client.connected_server_version)}
+        tasks = self._names.tasks
         for config in (self._tasks, self._dlq):
-            try:
-                await self._admin.ensure_stream(config)
-                report[config["name"]] = "ok"
-            except StreamMismatch as error:
-                report[config["name"]] = str(error)
+            report[config["name"]] = await self._admin.state_of(f"STREAM.INFO.{config['name']}", config)
+        for tier in Tier:
+            wanted = tier_consumer(self._names, tier, self._ack_wait)
+            name = wanted["durable_name"]
+            report[f"{tasks}/{name}"] = await self._admin.state_of(f"CONSUMER.INFO.{tasks}.{name}", wanted)
         return report
+
+    async def identity(self) -> tuple[str, int] | None:
+        """The task stream's creation time and its messages; None where there is no stream."""
+        try:
+            info = await self._admin.api(f"STREAM.INFO.{self._names.tasks}")
+        except QueueError as error:
+            if error.details.get("err_code") == STREAM_NOT_FOUND:
+                return None
+            raise
+        return str(info["created"]), int(info["state"]["messages"])
 
 
 def _dead_letter_of(reply: Msg) -> DeadLetter:

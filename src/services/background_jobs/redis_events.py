@@ -15,7 +15,7 @@ import redis.asyncio as redis
 import structlog
 from redis import exceptions as redis_errors
 
-from toolfleet.services.background_jobs.redis_records import event_from_push, root_of
+from toolfleet.services.background_jobs.redis_records import events_from, root_of
 from toolfleet.services.background_jobs.task_models import JobEvent
 
 log = structlog.get_logger(__name__)
@@ -182,7 +182,7 @@ class JobWatch:
         if message is None or len(self._pushed) >= MAX_PUSHED:
             self._missed = True
         else:
-            self._pushed.append(event_from_push(self._job_id, message))
+            self._pushed += events_from(self._job_id, message)
         self._wake.set()
 
     async def changed(self, timeout: float) -> Sequence[JobEvent] | None:

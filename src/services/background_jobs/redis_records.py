@@ -110,10 +110,13 @@ def record_from(job_id: str, fields: Mapping[str, str]) -> JobRecord:
     def number(name: str) -> int | None:
         return int(float(fields.get(name) or 0)) or None
 
+    status = Status(fields["status"])
+    running, waiting = status is Status.RUNNING, status is Status.QUEUED
+    # An ending leaves what only a live attempt means as it was: clearing it would cost every job.
     return JobRecord(
         job_id=job_id,
         task=TaskDefinition.from_json(fields["task"]),
-        status=Status(fields["status"]),
+        status=status,
         generation=int(fields["generation"]),
         fence=number("fence") or 0,
         starts=number("starts") or 0,
@@ -121,14 +124,14 @@ def record_from(job_id: str, fields: Mapping[str, str]) -> JobRecord:
         created_at=int(fields["created"]),
         started_at=number("started"),
         finished_at=number("finished"),
-        next_attempt_at=number("not_before"),
-        lease_until=number("lease_until"),
-        worker=fields.get("worker") or None,
+        next_attempt_at=number("not_before") if waiting else None,
+        lease_until=number("lease_until") if running else None,
+        worker=(fields.get("worker") or None) if running else None,
         cancel_requested="cancel" in fields,
         error=ErrorInfo.model_validate_json(fields["error"]) if fields.get("error") else None,
         completed_calls=number("done") or 0,
         failed_calls=number("failed") or 0,
-        current_tool=fields.get("tool") or None,
+        current_tool=(fields.get("tool") or None) if running else None,
         stage=fields.get("stage") or None,
         percent=float(fields.get("percent") or 0),
         message=fields.get("message") or None,
@@ -137,38 +140,37 @@ def record_from(job_id: str, fields: Mapping[str, str]) -> JobRecord:
     )
 
 
-def new_record(task: TaskDefinition, created_at: int) -> JobRecord:
-    """The record that `enqueue` has just made, without reading it back."""
+def record_of(task: TaskDefinition, created_at: int, status: Status, generation: int) -> JobRecord:
+    """The record of a task just published, without reading it back: new, or claimed by a worker in the meantime."""
     due = max(task.run_at or 0, created_at + task.delay_ms if task.delay_ms else 0)
     return JobRecord(
         job_id=task.job_id,
         task=task,
-        status=Status.QUEUED,
-        generation=task.generation,
+        status=status,
+        generation=generation,
         created_at=created_at,
-        next_attempt_at=due if due > created_at else None,
+        next_attempt_at=due if due > created_at and status is Status.QUEUED else None,
         last_event=1,
     )
 
 
-def event_from(job_id: str, seq: int, kind: str, attempt: str, generation: str, at: str, data: str) -> JobEvent:
-    """An event from the log or from a push."""
+def events_from(job_id: str, text: str) -> list[JobEvent]:
+    """The events of one write, from its log entry or its Pub/Sub message: each
+    ``<id>\\n<type>\\n<attempt>\\n<generation>\\n<at>\\n<data>``, separated by U+001E."""
+    return [_event(job_id, part) for part in text.split("\x1e")]
+
+
+def _event(job_id: str, text: str) -> JobEvent:
+    seq, kind, attempt, generation, at, data = text.split("\n", 5)
     values = json.loads(data)
     for name in [name for name in values if name.endswith("_at_ms")]:
         values[name.removesuffix("_ms")] = iso_time(values.pop(name))
     return JobEvent(
-        id=seq, type=EventType(kind), job_id=job_id, generation=int(generation), attempt=int(attempt), at=int(at),
+        id=int(seq),
+        type=EventType(kind),
+        job_id=job_id,
+        generation=int(generation),
+        attempt=int(attempt),
+        at=int(at),
         data=values,
-    )  # fmt: skip
-
-
-def event_from_entry(job_id: str, entry_id: str, fields: Mapping[str, str]) -> JobEvent:
-    """An event from an entry of the Redis stream."""
-    seq = int(entry_id.partition("-")[0])
-    return event_from(job_id, seq, fields["t"], fields["a"], fields["g"], fields["m"], fields["d"])
-
-
-def event_from_push(job_id: str, message: str) -> JobEvent:
-    """An event from a Pub/Sub message."""
-    seq, kind, attempt, generation, at, data = message.split("\n", 5)
-    return event_from(job_id, int(seq), kind, attempt, generation, at, data)
+    )

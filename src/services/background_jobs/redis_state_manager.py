@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 
 import redis.asyncio as redis
 
-from toolfleet.services.background_jobs.errors import StoreError
+from toolfleet.services.background_jobs.errors import StoreError, StoreUnavailable
 from toolfleet.services.background_jobs.ports import (
     CancelAnswer,
     Changes,
@@ -36,11 +36,11 @@ from toolfleet.services.background_jobs.redis_records import (
     birth_args,
     change_args,
     event_data,
-    event_from_entry,
+    events_from,
     granted_from,
-    new_record,
     payload_of,
     record_from,
+    record_of,
     root_of,
 )
 from toolfleet.services.background_jobs.task_models import (
@@ -100,8 +100,18 @@ class RedisStateManager:
         birth = self._birth(task)
         reply = await self._redis.call("enqueue", root_of(task.job_id), task.job_id, *birth, size=len(birth[-1]))
         if reply[0] == "new":
-            return new_record(task, int(reply[1])), True
-        return record_from(task.job_id, _pairs(reply[1:])), False
+            return record_of(task, int(reply[1]), Status.QUEUED, task.generation), True
+        created, status, generation, body_hash = reply[1:]
+        if body_hash != task.body_hash:
+            # Somebody else's job under this id: the caller compares with what stands there.
+            return await self._standing(task.job_id), False
+        return record_of(task, int(created), Status(status), int(generation)), False
+
+    async def _standing(self, job_id: str) -> JobRecord:
+        record = await self.get(job_id)
+        if record is None:
+            raise StoreUnavailable(f"the record of {job_id} ended while it was read; ask again")
+        return record
 
     async def claim(
         self, task: TaskDefinition, *, token: str, worker: str, lease_ms: int, published_at: Millis | None
@@ -233,7 +243,9 @@ class RedisStateManager:
         entries = await self._redis.read(
             "XRANGE", f"{root_of(job_id)}:log:{job_id}", f"({after}-0" if after else "-", "+", "COUNT", limit
         )
-        return [event_from_entry(job_id, entry[0], _mapping(entry[1])) for entry in entries]
+        found = [event for entry in entries for event in events_from(job_id, _mapping(entry[1])["e"])]
+        # An entry holds the events of one write; its first ones may be known already.
+        return [event for event in found if event.id > after]
 
     async def jobs(
         self, tenant: str, status: Status | None, tier: Tier | None, cursor: str | None, limit: int

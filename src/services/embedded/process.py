@@ -8,12 +8,13 @@ to the *thread* that started the child: start servers from a thread that lives a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from toolfleet.services.embedded import guarded_exec
@@ -35,8 +36,13 @@ class ChildProcess:
         log_path: where its standard output and error go, appended.
     """
 
-    def __init__(self, command: Sequence[str], cwd: Path, log_path: Path) -> None:
+    def __init__(
+        self, command: Sequence[str], cwd: Path, log_path: Path, *, env: Mapping[str, str | None] | None = None
+    ) -> None:
         """Starts `command` (its first item is an absolute path) in `cwd`.
+
+        Args:
+            env: variables that the child has otherwise than this process; None takes one away.
 
         Raises:
             OSError: the log file or the process cannot be made.
@@ -51,6 +57,7 @@ class ChildProcess:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                env=_inherited(env) if env else None,
             )
         self.pid = self._popen.pid
 
@@ -78,20 +85,21 @@ class ChildProcess:
 
     async def stop(self, grace: float) -> None:
         """SIGTERM, and SIGKILL after `grace` seconds; returns when the process is gone. Safe to repeat."""
-        if self.running:
+        # It may end by itself at any moment, also between two signals.
+        with contextlib.suppress(ServerNotRunning):
             self._signal(signal.SIGTERM)
             # A stopped process acts on SIGTERM only once it continues.
             self._signal(signal.SIGCONT)
-            try:
-                await self.wait(grace)
-            except TimeoutError:
-                await self.kill()
+        try:
+            await self.wait(grace)
+        except TimeoutError:
+            await self.kill()
 
     async def kill(self) -> None:
         """SIGKILL to the process and what it started; returns when the process is gone. Safe to repeat."""
-        if self.running:
+        with contextlib.suppress(ServerNotRunning):
             self._signal(signal.SIGKILL)
-            await self.wait()
+        await self.wait()
 
     async def pause(self) -> None:
         """SIGSTOP; returns when it has taken effect.
@@ -126,6 +134,12 @@ class ChildProcess:
         if not self.running:
             raise ServerNotRunning(f"process {self.pid} has ended (exit code {self.exit_code})")
         os.killpg(self.pid, number)
+
+
+def _inherited(changes: Mapping[str, str | None]) -> dict[str, str]:
+    """This process's environment, handed on with changes; nothing is read from it."""
+    changed = {**os.environ, **changes}
+    return {name: value for name, value in changed.items() if value is not None}
 
 
 def _guard() -> list[str]:

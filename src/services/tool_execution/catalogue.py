@@ -64,6 +64,8 @@ class CachedCatalogue:
         self._loading = asyncio.Lock()
         self._refresh_due = 0.0
         self._asked_at = float("-inf")
+        self._listed_at: dict[str, float] = {}
+        """When each server was last asked, by the monotonic clock."""
         self._refreshing: asyncio.Task[None] | None = None
         self._listings: set[asyncio.Task[None]] = set()
 
@@ -109,13 +111,11 @@ class CachedCatalogue:
 
     async def _look_again(self, tool_name: str) -> ToolSpec:
         """Ask the servers once more for a name that is not known, as far as the rate allows."""
-        if time.monotonic() - self._asked_at >= self._look_again_s:
-            if self._refreshing is not None:
-                # The one that runs may trust copies that are older than this tool.
-                await asyncio.wait({self._refreshing}, timeout=self._settings.mcp_connect_timeout)
+        spec = await self._awaited(tool_name)
+        if spec is None and time.monotonic() - self._asked_at >= self._look_again_s:
             self._asked_at = time.monotonic()
             self._start(force=True)
-        spec = await self._awaited(tool_name)
+            spec = await self._awaited(tool_name)
         if spec is not None:
             return spec
         if not self._known:
@@ -148,31 +148,36 @@ class CachedCatalogue:
             _log.error("refreshing the tool catalogue failed", exc_info=error)
 
     async def _refresh(self, force: bool) -> None:
-        """Read the shared copy and the registry again, and list the servers whose copy is too old; all with `force`."""
+        """Read the shared copy and the registry again, and list the servers whose copy is too old.
+
+        With `force` those too whose copy is not, as far as the rate allows.
+        """
         await self._load()
         try:
             self._live = frozenset(await self._servers.names())
         except ToolUnavailable as error:
             _log.warning("the tool catalogue can't be refreshed, its copy serves: %s", error)
             return
-        now, ttl_ms = _now(), self._settings.catalogue_ttl * 1000
-        old = [
-            name
-            for name in self._live
-            if force or name not in self._known or now - self._known[name].fetched_at > ttl_ms
-        ]
         self._rebuild()
-        self._listings = {asyncio.create_task(self._list(name), name=f"tool-listing-{name}") for name in old}
+        due = [name for name in self._live if self._is_old(name) or (force and self._may_ask(name))]
+        self._listings = {asyncio.create_task(self._list(name), name=f"tool-listing-{name}") for name in due}
         try:
-            if self._listings:
-                await asyncio.wait(self._listings)
+            await asyncio.gather(*self._listings)
         finally:
             for task in self._listings:
                 task.cancel()
             self._listings = set()
 
+    def _is_old(self, name: str) -> bool:
+        tools = self._known.get(name)
+        return tools is None or _now() - tools.fetched_at > self._settings.catalogue_ttl * 1000
+
+    def _may_ask(self, name: str) -> bool:
+        return time.monotonic() - self._listed_at.get(name, float("-inf")) >= self._look_again_s
+
     async def _list(self, name: str) -> None:
         """List one server; a failure leaves the copy that there is."""
+        self._listed_at[name] = time.monotonic()
         try:
             listing = await self._servers.list_tools(name)
         except ToolFailure as error:

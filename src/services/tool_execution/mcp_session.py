@@ -171,12 +171,12 @@ class McpSession:
                 await self._leave.wait()
         except Exception as error:
             # The boundary to the SDK: whatever it raises, this session is over, and the next call opens another.
-            if self._leave.is_set():
-                _log.debug("leaving MCP server %s: %s", self.server.name, _named(error))
-            elif opened.done():
-                _log.warning("session with MCP server %s broke: %s", self.server.name, _named(error))
-            else:
+            if not opened.done():
                 opened.set_exception(self._unavailable(error, exchange))
+            elif self._leave.is_set():
+                _log.debug("leaving MCP server %s: %s", self.server.name, _named(error))
+            else:
+                _log.warning("session with MCP server %s broke: %s", self.server.name, _named(error))
         finally:
             self._ended = True
             if not opened.done():
@@ -268,8 +268,8 @@ class McpSession:
         except TimeoutError:
             if not exchange.sent:
                 raise ToolUnavailable(
-                    f"the call of '{where.name}' could not be sent within {timeout:.3g} s: all connections to MCP server "
-                    f"'{where.server}' are busy"
+                    f"the call of '{where.name}' could not be sent within {timeout:.3g} s: all connections to MCP "
+                    f"server '{where.server}' are busy"
                 ) from None
             raise ToolTimedOut(
                 f"'{where.name}' did not answer within {timeout:.3g} s; its server is told to stop"

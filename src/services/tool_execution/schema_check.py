@@ -114,7 +114,7 @@ def _unique_items(validator: Validator, unique: Any, instance: Any, schema: Any)
         return
     seen = {json.dumps(item, sort_keys=True) for item in instance}
     if len(seen) < len(instance):
-        yield ValidationError("items repeat")
+        yield ValidationError("has items that repeat")
 
 
 def _path(error: ValidationError) -> str:
@@ -152,6 +152,8 @@ def _message(error: ValidationError) -> str:
             return f"has unknown properties: {_names([name for name in instance if name not in known])}"
         case "pattern" | "format":
             return f"must match the {error.validator} {_names([wanted])}"
+        case "uniqueItems":
+            return "has items that repeat"
         case "anyOf" | "oneOf" | "allOf" | "not" | "if" | "dependentSchemas" | "contains" | "propertyNames":
             return f"does not satisfy '{error.validator}' of the schema"
         case _ if isinstance(wanted, int | float | str):

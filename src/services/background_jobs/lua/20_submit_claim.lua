@@ -1,21 +1,18 @@
 -- enqueue(root; id, birth…): step 1. Makes the record of a published task if there is none.
--- Answers {'new'}, or {'stands', field, value, …}.
+-- Answers {'new', created}, or {'stands', created, status, generation, hash}.
 local function enqueue(keys, args)
   local k = keys_of(keys[1], args[1])
-  local stands = redis.call('HGETALL', k.job)
-  if #stands > 0 then
-    table.insert(stands, 1, 'stands')
-    return stands
-  end
+  local stands = redis.call('HMGET', k.job, 'created', 'status', 'generation', 'hash')
+  if stands[1] then return { 'stands', stands[1], stands[2], stands[3], stands[4] } end
   local now = now_ms()
   local rec = make_record(k, birth_of(args, 2), now, now)
-  return { 'new', int(rec.created) }
+  return { 'new', rec.created }
 end
 
 -- `starts` counts this start already; retries are allowed for, so what is counted is starts that ended without a word.
 local function granted(k, rec, max_starts)
   local dead = rec.stale > 0 and 'stale' or (rec.starts - rec.retries > max_starts and 'starts' or '')
-  local reply = { 'run', int(rec.fence), int(rec.retries), int(math.max(0, rec.timeout - rec.ran)), dead }
+  local reply = { 'run', rec.fence, rec.retries, math.max(0, rec.timeout - rec.ran), dead }
   if rec.starts > 1 or rec.retries > 0 or rec.fence > 1 then
     local done, marked = calls_of(k)
     for call, outcome in pairs(done) do reply[#reply + 1] = outcome .. call end
@@ -31,7 +28,7 @@ local function ends_at_claim(k, rec, now)
   elseif rec.expires > 0 and rec.expires <= now and rec.starts == 0 then
     end_failed(k, rec, now, 'expired', 'the job was not started before its expires_at; submit it again')
   elseif rec.ran >= rec.timeout then
-    end_failed(k, rec, now, 'timeout', 'the job used up its running time of ' .. int(rec.timeout / 1000) ..
+    end_failed(k, rec, now, 'timeout', 'the job used up its running time of ' .. (rec.timeout / 1000) ..
                ' s over all attempts; its results so far are kept')
   elseif rec.starts > 0 then
     local done, marked = calls_of(k)
@@ -51,12 +48,13 @@ local function take(k, rec, now, token, worker, lease_ms)
   end
   rec.fence, rec.starts = rec.fence + 1, rec.starts + 1
   move(k, rec, 'running')
-  emit(k, rec, now, 'job.started', '{"worker":' .. cjson.encode(worker) .. ',"start":' .. int(rec.starts) .. '}')
-  redis.call('HSET', k.job, 'status', 'running', 'fence', int(rec.fence), 'token', token, 'worker', worker,
-             'lease_until', int(now + lease_ms), 'starts', int(rec.starts), 'ran', int(rec.ran), 'run_from', int(now),
-             'started', int(rec.started > 0 and rec.started or now), 'not_before', '0', 'seq', int(rec.seq),
+  emit(k, rec, now, 'job.started', '{"worker":' .. cjson.encode(worker) .. ',"start":' .. rec.starts .. '}')
+  redis.call('HSET', k.job, 'status', 'running', 'fence', rec.fence, 'token', token, 'worker', worker,
+             'lease_until', now + lease_ms, 'starts', rec.starts, 'ran', rec.ran, 'run_from', now,
+             'started', rec.started > 0 and rec.started or now, 'not_before', '0', 'seq', rec.seq,
              'wseq', '0')
-  redis.call('ZADD', k.due, int(now + lease_ms + GRACE_MS), k.id)
+  tell(k, rec)
+  redis.call('ZADD', k.due, now + lease_ms + GRACE_MS, k.id)
 end
 
 -- claim(root; id, token, worker, lease_ms, published_at or '', max_starts, birth…): step 3. Answers
@@ -84,16 +82,16 @@ local function claim(keys, args)
     move(k, rec, 'queued')
     rec.generation, rec.starts, rec.retries, rec.cancel, rec.ran, rec.run_from = generation, 0, 0, nil, 0, 0
     redis.call('HDEL', k.job, 'cancel')
-    redis.call('HSET', k.job, 'generation', int(generation), 'retries', '0')
+    redis.call('HSET', k.job, 'generation', generation, 'retries', '0')
     redis.call('PERSIST', k.job); redis.call('PERSIST', k.log); redis.call('PERSIST', k.res)
   end
   if TERMINAL[rec.status] then return { 'over', rec.status } end
   if rec.status == 'running' and rec.token == token then return granted(k, rec, max_starts) end
   if rec.status == 'running' and rec.lease_until > now then
-    return { 'later', int(rec.lease_until - now), 'held by another attempt' }
+    return { 'later', rec.lease_until - now, 'held by another attempt' }
   end
   if rec.status == 'queued' and rec.not_before > now and not rec.cancel then
-    return { 'later', int(rec.not_before - now), 'not due' }
+    return { 'later', rec.not_before - now, 'not due' }
   end
   if ends_at_claim(k, rec, now) then return { 'over', rec.status } end
   take(k, rec, now, token, worker, lease_ms)

@@ -16,8 +16,9 @@ local function mark_start(keys, args)
   if rec.cancel then return 'cancel' end
   local lease_until = now + tonumber(args[4])
   if redis.call('HSETNX', k.job, 'm:' .. args[3], args[2]) == 1 then emit(k, rec, now, 'tool.started', args[5]) end
-  redis.call('HSET', k.job, 'lease_until', int(lease_until), 'seq', int(rec.seq))
-  redis.call('ZADD', k.due, int(lease_until + GRACE_MS), k.id)
+  tell(k, rec)
+  redis.call('HSET', k.job, 'lease_until', lease_until, 'seq', rec.seq)
+  redis.call('ZADD', k.due, lease_until + GRACE_MS, k.id)
   return 'ok'
 end
 
@@ -38,7 +39,8 @@ local function progress(keys, args)
   local wseq = tonumber(args[3])
   if wseq <= rec.wseq then return 'ok' end
   apply_changes(k, rec, now, args, 8)
-  local set = { 'wseq', args[3], 'seq', int(rec.seq), 'done', int(rec.done), 'failed', int(rec.failed) }
+  tell(k, rec)
+  local set = { 'wseq', args[3], 'seq', rec.seq, 'done', rec.done, 'failed', rec.failed }
   for i, name in ipairs({ 'tool', 'stage', 'percent', 'message' }) do
     if args[3 + i] ~= '' then set[#set + 1] = name; set[#set + 1] = args[3 + i] end
   end
@@ -55,8 +57,8 @@ local function renew(keys, args)
     local rec = held(k, args[i + 1])
     if rec then
       local lease_until = now + tonumber(args[1])
-      redis.call('HSET', k.job, 'lease_until', int(lease_until))
-      redis.call('ZADD', k.due, int(lease_until + GRACE_MS), k.id)
+      redis.call('HSET', k.job, 'lease_until', lease_until)
+      redis.call('ZADD', k.due, lease_until + GRACE_MS, k.id)
     end
     answers[#answers + 1] = not rec and 'lost' or (rec.cancel and 'cancel' or 'held')
   end
@@ -73,7 +75,7 @@ local function settle_unknown(k, rec, now, args, i)
   end
   if not fits or #redis.call('HKEYS', k.res) + results < rec.total then return false end
   rec.generation = rec.generation + 1
-  redis.call('HSET', k.job, 'generation', int(rec.generation))
+  redis.call('HSET', k.job, 'generation', rec.generation)
   redis.call('ZREM', k.root .. ':expiry', rec.tier .. ':unknown:' .. k.id)
   for n = 1, results do
     local call = args[i + 2 * n - 1]
@@ -120,8 +122,8 @@ local function leave(keys, args, counts_as_retry)
   local delay = tonumber(args[3])
   if counts_as_retry then
     rec.retries = rec.retries + 1
-    emit(k, rec, now, 'job.retrying', '{"error":' .. args[4] .. ',"retry":' .. int(rec.retries) ..
-         ',"next_attempt_at_ms":' .. int(now + delay) .. '}')
+    emit(k, rec, now, 'job.retrying', '{"error":' .. args[4] .. ',"retry":' .. rec.retries ..
+         ',"next_attempt_at_ms":' .. (now + delay) .. '}')
     redis.call('HSET', k.job, 'error', args[4])
   else
     rec.starts = math.max(0, rec.starts - 1)

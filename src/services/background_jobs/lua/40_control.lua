@@ -17,7 +17,8 @@ local function cancel(keys, args)
   end
   if not rec.cancel then
     emit(k, rec, now, 'job.cancelling', '{"reached":"requested"}')
-    redis.call('HSET', k.job, 'cancel', args[2], 'seq', int(rec.seq))
+    tell(k, rec)
+    redis.call('HSET', k.job, 'cancel', args[2], 'seq', rec.seq)
   end
   redis.call('PUBLISH', 'tf:ctl:' .. rec.worker, 'cancel ' .. k.id)
   return { 'running', rec.status, rec.tier, rec.worker }
@@ -30,7 +31,7 @@ local function next_generation(k, rec, now, data)
   end
   rec.generation, rec.starts, rec.retries, rec.cancel, rec.ran = rec.generation + 1, 0, 0, nil, 0
   redis.call('HDEL', k.job, 'cancel', 'finished', 'error', 'stage', 'message')
-  redis.call('HSET', k.job, 'generation', int(rec.generation), 'percent', '0')
+  redis.call('HSET', k.job, 'generation', rec.generation, 'percent', '0')
   redis.call('PERSIST', k.job); redis.call('PERSIST', k.log); redis.call('PERSIST', k.res)
   emit(k, rec, now, 'job.queued', data)
 end
@@ -57,7 +58,7 @@ local function reopen(keys, args)
   drop_failed(k, rec)
   next_generation(k, rec, now, args[2])
   wait_again(k, rec, now, 0, 0)
-  return { 'reopened', 'queued', task, int(rec.generation) }
+  return { 'reopened', 'queued', task, rec.generation }
 end
 
 -- resolve(root; id, call, decision, result payload or '', event data): decides one call of an unknown job, once.
@@ -87,10 +88,10 @@ local function resolve(keys, args)
   rec.done, rec.failed = count(done) - failed, failed
   if count(done) < rec.total then
     wait_again(k, rec, now, 0, 0)
-    return { 'reopened', 'queued', redis.call('HGET', k.job, 'task'), int(rec.generation) }
+    return { 'reopened', 'queued', redis.call('HGET', k.job, 'task'), rec.generation }
   end
   if failed > 0 then
-    end_failed(k, rec, now, 'tool_failed', failed .. ' of ' .. int(rec.total) .. ' calls failed, as decided')
+    end_failed(k, rec, now, 'tool_failed', failed .. ' of ' .. rec.total .. ' calls failed, as decided')
   else
     finish_record(k, rec, now, 'completed', 'job.completed', '{"status":"completed"}', '')
   end

@@ -5,15 +5,15 @@
 -- Answers (id, status, generation, fence, task)*.
 local function orphans(keys, args)
   local root, now, answers = keys[1], now_ms(), {}
-  local ids = redis.call('ZRANGEBYSCORE', root .. ':due', '-inf', int(now), 'LIMIT', 0, args[1])
+  local ids = redis.call('ZRANGEBYSCORE', root .. ':due', '-inf', now, 'LIMIT', 0, args[1])
   for _, id in ipairs(ids) do
     local k = keys_of(root, id)
     local rec = load_record(k)
     if not rec or TERMINAL[rec.status] then
       redis.call('ZREM', k.due, id)
     else
-      redis.call('ZADD', k.due, int(now + math.max(60000, (now - rec.created) / 2)), id)
-      for _, value in ipairs({ id, rec.status, int(rec.generation), int(rec.fence),
+      redis.call('ZADD', k.due, now + math.max(60000, (now - rec.created) / 2), id)
+      for _, value in ipairs({ id, rec.status, rec.generation, rec.fence,
                                redis.call('HGET', k.job, 'task') or '' }) do
         answers[#answers + 1] = value
       end
@@ -59,7 +59,7 @@ end
 -- prune(root; limit): drops expired jobs from the indexes.
 local function prune(keys, args)
   local root = keys[1]
-  local gone = redis.call('ZRANGEBYSCORE', root .. ':expiry', '-inf', int(now_ms()), 'LIMIT', 0, args[1])
+  local gone = redis.call('ZRANGEBYSCORE', root .. ':expiry', '-inf', now_ms(), 'LIMIT', 0, args[1])
   for _, member in ipairs(gone) do
     local tier, status, id = string.match(member, '^(%a+):(%a+):(.+)$')
     redis.call('ZREM', root .. ':ix:' .. tier .. ':' .. status, id)
@@ -88,7 +88,7 @@ local function stats(keys)
   end
   local minute, last, fifteen = math.floor(now / 60000), 0, 0
   for back = 0, 14 do
-    local ended = tonumber(redis.call('GET', root .. ':rate:' .. int(minute - back)) or 0)
+    local ended = tonumber(redis.call('GET', root .. ':rate:' .. (minute - back)) or 0)
     fifteen = fifteen + ended
     if back <= 1 then last = last + ended end
   end
@@ -101,8 +101,8 @@ end
 local function heartbeat(keys, args)
   local now = now_ms()
   redis.call('HSET', keys[1] .. ':beats', args[1],
-             int(now) .. '|' .. int(now + tonumber(args[2])) .. '|' .. args[3])
-  return int(now)
+             now .. '|' .. (now + tonumber(args[2])) .. '|' .. args[3])
+  return now
 end
 
 -- workers(root): (ms of the last heartbeat, JSON)* of those that have not run out; the others are dropped.

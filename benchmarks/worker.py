@@ -1,0 +1,65 @@
+"""A worker process with in-process tools: what is measured is the queue, not MCP."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import time
+from typing import Any
+
+import uvloop
+
+from benchmarks.stack import quiet
+from toolfleet.bootstrap import open_worker
+from toolfleet.services.background_jobs.ports import CallContext, ToolSpec
+from toolfleet.services.background_jobs.task_models import Tier
+from toolfleet.services.tool_execution.local_runner import LocalToolRunner
+from toolfleet.settings import Settings
+
+ANSWER = "r" * 200
+
+
+async def noop(_args: dict[str, Any], _context: CallContext) -> str:
+    """200 B result."""
+    return ANSWER
+
+
+async def stamp(_args: dict[str, Any], _context: CallContext) -> dict[str, Any]:
+    """When its first line ran: CLOCK_MONOTONIC is one clock for all processes of a machine."""
+    return {"at_ns": time.monotonic_ns()}
+
+
+async def nap(args: dict[str, Any], _context: CallContext) -> str:
+    """Sleeps."""
+    await asyncio.sleep(args["seconds"])
+    return ANSWER
+
+
+def tools() -> LocalToolRunner:
+    """The tools by name; all may run again."""
+    functions = {"noop": noop, "stamp": stamp, "nap": nap}
+    return LocalToolRunner(
+        {name: (ToolSpec(name, "local", name, repeatable=True), function) for name, function in functions.items()}
+    )
+
+
+async def run(slots: int, nats_url: str, redis_url: str) -> int:
+    """Work until SIGTERM."""
+    settings = Settings.model_validate(
+        {"nats_url": nats_url, "redis_url": redis_url, "concurrency": slots, "log_level": "error"}
+    )
+    quiet()
+    async with open_worker(settings, Tier.NORMAL, tools=tools()) as worker:
+        sys.stdout.write("ready\n")
+        sys.stdout.flush()
+        return await worker.run()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--slots", type=int, required=True)
+    parser.add_argument("--nats", required=True)
+    parser.add_argument("--redis", required=True)
+    options = parser.parse_args()
+    sys.exit(uvloop.run(run(options.slots, options.nats, options.redis)))
