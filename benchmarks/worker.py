@@ -14,6 +14,7 @@ from benchmarks.stack import quiet
 from toolfleet.bootstrap import open_worker
 from toolfleet.services.background_jobs.ports import CallContext, ToolSpec
 from toolfleet.services.background_jobs.task_models import Tier
+from toolfleet.services.telemetry.gc_tuning import settle
 from toolfleet.services.tool_execution.local_runner import LocalToolRunner
 from toolfleet.settings import Settings
 
@@ -50,6 +51,7 @@ async def run(slots: int, nats_url: str, redis_url: str) -> int:
         {"nats_url": nats_url, "redis_url": redis_url, "concurrency": slots, "log_level": "error"}
     )
     quiet()
+    settle()
     async with open_worker(settings, Tier.NORMAL, tools=tools()) as worker:
         sys.stdout.write("ready\n")
         sys.stdout.flush()

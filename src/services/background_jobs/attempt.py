@@ -64,7 +64,8 @@ class Attempt:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._sent: set[str] = set()
         self._stop: Stop | None = None
-        self._stopped = asyncio.Event()
+        self._open_calls = 0
+        self._over: asyncio.Future[None] | None = None
         self._log = AttemptLog(
             store, gate, self.lease, task, granted, rules.progress_interval_s, on_lost=lambda: self.stop(Stop.LOST)
         )
@@ -85,18 +86,24 @@ class Attempt:
             self._log.cancelling()
         if self._stop is None or why is Stop.LOST:
             self._stop = why
-        self._stopped.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._over is not None and not self._over.done():
+            self._over.set_result(None)
 
     async def run(self, held: Held) -> tuple[Outcome, Changes]:
         """Run what is to be run; the outcome, and what is still to be written with it."""
         self._held = held
         self._note_earlier_attempts()
+        loop = asyncio.get_running_loop()
         slots = asyncio.Semaphore(self._rules.calls_at_once)
         for call in self.task.tools:
             if call.tool_call_id not in self._ends:
-                task = asyncio.create_task(self._one(call, slots), name=f"{self.task.job_id}:{call.tool_call_id}")
+                task = loop.create_task(self._one(call, slots))
+                task.add_done_callback(self._call_done)
                 self._tasks[call.tool_call_id] = task
-        timer = asyncio.get_running_loop().call_later(self._granted.remaining_ms / 1000, self.stop, Stop.TIMEOUT)
+        timer = loop.call_later(self._granted.remaining_ms / 1000, self.stop, Stop.TIMEOUT)
         try:
             still_running = await self._until_over()
         finally:
@@ -104,6 +111,11 @@ class Attempt:
             for task in self._tasks.values():
                 task.cancel()
         return self._conclude(still_running), await self._log.take()
+
+    def _call_done(self, _: asyncio.Task[None]) -> None:
+        self._open_calls -= 1
+        if self._open_calls == 0:
+            self._wake()
 
     def _note_earlier_attempts(self) -> None:
         for call in self.task.tools:
@@ -114,20 +126,16 @@ class Attempt:
 
     async def _until_over(self) -> list[str]:
         """Wait for all calls, or stop them; the calls that did not end although they were stopped."""
-        calls = list(self._tasks.values())
-        if not calls:
-            return []
-        stop = asyncio.create_task(self._stopped.wait())
-        try:
-            while any(not task.done() for task in calls) and self._stop is None:
-                await asyncio.wait([*(t for t in calls if not t.done()), stop], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            stop.cancel()
+        self._open_calls = len(self._tasks)
+        if self._open_calls and self._stop is None:
+            self._over = asyncio.get_running_loop().create_future()
+            await self._over
         running = {name: task for name, task in self._tasks.items() if not task.done()}
+        if not running:
+            return []
         for task in running.values():
             task.cancel()
-        if running:
-            await asyncio.wait(running.values(), timeout=STOP_GRACE_S)
+        await asyncio.wait(running.values(), timeout=STOP_GRACE_S)
         left = [name for name, task in running.items() if not task.done()]
         if left:
             log.warning("attempt.calls_left_behind", job_id=self.task.job_id, calls=left)

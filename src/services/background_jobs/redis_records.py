@@ -7,6 +7,8 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from pydantic_core import to_json
+
 from toolfleet.services.background_jobs.errors import StoreError
 from toolfleet.services.background_jobs.ports import Changes, Granted
 from toolfleet.services.background_jobs.task_models import (
@@ -67,7 +69,7 @@ def change_args(changes: Changes) -> tuple[list[Any], int]:
 
 def event_data(event: NewEvent) -> str:
     """An event's data as compact JSON."""
-    return json.dumps(event.data, separators=(",", ":")) if event.data else "{}"
+    return to_json(event.data).decode() if event.data else "{}"
 
 
 def granted_from(task: TaskDefinition, reply: Sequence[str]) -> Granted:

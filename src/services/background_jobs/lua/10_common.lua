@@ -38,18 +38,22 @@ local function keys_of(root, id)
            res = root .. ':res:' .. id, events = root .. ':ev:' .. id, due = root .. ':due' }
 end
 
-local FIELDS = { 'status', 'generation', 'fence', 'token', 'lease_until', 'starts', 'retries', 'tier', 'created',
-                 'not_before', 'ran', 'run_from', 'timeout', 'expires', 'total', 'done', 'failed', 'seq', 'cancel',
-                 'worker', 'log_max', 'ttl', 'ended_by', 'wseq', 'started', 'stale' }
+-- What every transition reads, and what a claim reads besides.
+local FIELDS = { 'status', 'generation', 'fence', 'tier', 'created', 'seq', 'log_max', 'ttl', 'ran', 'run_from',
+                 'lease_until', 'done', 'failed', 'total', 'cancel', 'ended_by', 'wseq', 'worker' }
+local CLAIM_FIELDS = { 'status', 'generation', 'fence', 'tier', 'created', 'seq', 'log_max', 'ttl', 'ran', 'run_from',
+                       'lease_until', 'done', 'failed', 'total', 'cancel', 'ended_by', 'wseq', 'worker', 'token',
+                       'starts', 'retries', 'not_before', 'timeout', 'expires', 'started', 'stale' }
 local TEXT = { status = true, token = true, tier = true, cancel = true, worker = true }
 
 -- The record as a table, or nil. Absent numbers read as 0.
-local function load_record(k)
-  local values = redis.call('HMGET', k.job, unpack(FIELDS))
+local function load_record(k, fields)
+  local values = redis.call('HMGET', k.job, unpack(fields))
   if not values[1] then return nil end
   local rec = { told = {} }
-  for i, name in ipairs(FIELDS) do
-    if TEXT[name] then rec[name] = values[i] else rec[name] = tonumber(values[i] or 0) end
+  for i = 1, #fields do
+    local name, value = fields[i], values[i]
+    if TEXT[name] then rec[name] = value else rec[name] = value and tonumber(value) or 0 end
   end
   return rec
 end

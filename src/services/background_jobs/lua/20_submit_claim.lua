@@ -54,7 +54,6 @@ local function take(k, rec, now, token, worker, lease_ms)
              'started', rec.started > 0 and rec.started or now, 'not_before', '0', 'seq', rec.seq,
              'wseq', '0')
   tell(k, rec)
-  redis.call('ZADD', k.due, now + lease_ms + GRACE_MS, k.id)
 end
 
 -- claim(root; id, token, worker, lease_ms, published_at or '', max_starts, birth…): step 3. Answers
@@ -65,7 +64,7 @@ local function claim(keys, args)
   local k, now = keys_of(keys[1], args[1]), now_ms()
   local token, worker, lease_ms, max_starts = args[2], args[3], tonumber(args[4]), tonumber(args[6])
   local birth, published = birth_of(args, 7), tonumber(args[5]) or now
-  local rec = load_record(k)
+  local rec = load_record(k, CLAIM_FIELDS)
   if not rec then
     -- A record outlives its job by the TTL; a message that old without one may be a second life of an ended job.
     local stale = now - math.max(published + birth.delay, birth.run_at) > tonumber(birth.ttl)

@@ -1,8 +1,8 @@
 -- What a running attempt writes. Every function takes (root; id, fence, …) and answers 'lost' to an old fence.
 
 -- The record if this fence is current and the attempt has not ended, else nil.
-local function held(k, fence)
-  local rec = load_record(k)
+local function held(k, fence, fields)
+  local rec = load_record(k, fields or FIELDS)
   if not rec or rec.fence ~= tonumber(fence) or rec.status ~= 'running' then return nil, rec end
   return rec
 end
@@ -18,7 +18,6 @@ local function mark_start(keys, args)
   if redis.call('HSETNX', k.job, 'm:' .. args[3], args[2]) == 1 then emit(k, rec, now, 'tool.started', args[5]) end
   tell(k, rec)
   redis.call('HSET', k.job, 'lease_until', lease_until, 'seq', rec.seq)
-  redis.call('ZADD', k.due, lease_until + GRACE_MS, k.id)
   return 'ok'
 end
 
@@ -55,11 +54,7 @@ local function renew(keys, args)
   for i = 2, #args, 2 do
     local k = keys_of(keys[1], args[i])
     local rec = held(k, args[i + 1])
-    if rec then
-      local lease_until = now + tonumber(args[1])
-      redis.call('HSET', k.job, 'lease_until', lease_until)
-      redis.call('ZADD', k.due, lease_until + GRACE_MS, k.id)
-    end
+    if rec then redis.call('HSET', k.job, 'lease_until', now + tonumber(args[1])) end
     answers[#answers + 1] = not rec and 'lost' or (rec.cancel and 'cancel' or 'held')
   end
   return answers
@@ -108,7 +103,7 @@ end
 -- neither a start nor a retry is counted. A cancel request wins. Answers 'ok', 'cancelled' or 'lost'.
 local function leave(keys, args, counts_as_retry)
   local k, now = keys_of(keys[1], args[1]), now_ms()
-  local rec, other = held(k, args[2])
+  local rec, other = held(k, args[2], CLAIM_FIELDS)
   if not rec then
     local repeated = other and other.fence == tonumber(args[2]) and other.ended_by == other.fence
     if repeated then return other.status == 'cancelled' and 'cancelled' or other.status == 'queued' and 'ok' or 'lost' end

@@ -4,7 +4,7 @@
 -- Answers {found, status, tier, worker}; found: absent, cancelled_now, running, already_cancelled, ended.
 local function cancel(keys, args)
   local k, now = keys_of(keys[1], args[1]), now_ms()
-  local rec = load_record(k)
+  local rec = load_record(k, CLAIM_FIELDS)
   if not rec then
     if #args < 2 + BIRTH then return { 'absent', '', '', '' } end
     rec = make_record(k, birth_of(args, 3), now, now)
@@ -49,7 +49,7 @@ end
 -- Answers {verdict, status, task}; verdict: reopened, absent, not_allowed.
 local function reopen(keys, args)
   local k, now = keys_of(keys[1], args[1]), now_ms()
-  local rec = load_record(k)
+  local rec = load_record(k, CLAIM_FIELDS)
   if not rec then return { 'absent', '', '' } end
   local task = redis.call('HGET', k.job, 'task')
   if (rec.status ~= 'failed' and rec.status ~= 'cancelled') or not task then
@@ -66,7 +66,7 @@ end
 -- closed (ended with the decisions), absent, not_allowed, no_such_call, decided_already.
 local function resolve(keys, args)
   local k, now = keys_of(keys[1], args[1]), now_ms()
-  local rec, call, decision = load_record(k), args[2], args[3]
+  local rec, call, decision = load_record(k, CLAIM_FIELDS), args[2], args[3]
   if not rec then return { 'absent', '', '' } end
   if redis.call('HEXISTS', k.job, 'd:' .. call) == 1 then return { 'decided_already', rec.status, '' } end
   if rec.status ~= 'unknown' then return { 'not_allowed', rec.status, '' } end

@@ -1,18 +1,22 @@
 -- What the reconciler and the statistics ask for.
 
--- orphans(root; limit): jobs whose time in the `due` index has come. Each is put off, so that of several reconcilers
--- only one looks at it, and looks again later; a job that waits long is looked at ever less often.
+-- orphans(root; limit): jobs whose time in the `due` index has come. A claim and its renewals leave that index alone,
+-- so a job that is held or not due yet is put off here, to the end of its lease or its due time. Any other is put off
+-- too, so that of several reconcilers only one looks at it, and ever less often.
 -- Answers (id, status, generation, fence, task)*.
 local function orphans(keys, args)
   local root, now, answers = keys[1], now_ms(), {}
   local ids = redis.call('ZRANGEBYSCORE', root .. ':due', '-inf', now, 'LIMIT', 0, args[1])
   for _, id in ipairs(ids) do
     local k = keys_of(root, id)
-    local rec = load_record(k)
+    local rec = load_record(k, CLAIM_FIELDS)
+    local busy = rec and (rec.status == 'running' and rec.lease_until or rec.not_before) or 0
     if not rec or TERMINAL[rec.status] then
       redis.call('ZREM', k.due, id)
+    elseif busy + GRACE_MS > now then
+      redis.call('ZADD', k.due, busy + GRACE_MS, id)
     else
-      redis.call('ZADD', k.due, now + math.max(60000, (now - rec.created) / 2), id)
+      redis.call('ZADD', k.due, now + math.max(60000, math.floor((now - rec.created) / 2)), id)
       for _, value in ipairs({ id, rec.status, rec.generation, rec.fence,
                                redis.call('HGET', k.job, 'task') or '' }) do
         answers[#answers + 1] = value
@@ -26,7 +30,7 @@ end
 -- is queued and its task is to be published again), 'settled' (it ended) or 'changed' (somebody was faster).
 local function reclaim(keys, args)
   local k, now = keys_of(keys[1], args[1]), now_ms()
-  local rec = load_record(k)
+  local rec = load_record(k, CLAIM_FIELDS)
   if not rec or rec.status ~= args[2] or rec.generation ~= tonumber(args[3]) or rec.fence ~= tonumber(args[4]) or
      (rec.status == 'running' and rec.lease_until > now) or TERMINAL[rec.status] then
     return 'changed'
