@@ -16,7 +16,7 @@ TYPING_LINK := .typing/toolfleet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo up test check format bench lock peers consul clean
+.PHONY: help setup demo up test check format bench docs lock peers consul clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
@@ -41,6 +41,9 @@ check: setup ## formatting, lint, types, import direction
 format: setup ## formats and applies the safe fixes
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+docs: setup ## writes docs/SETTINGS.md again from the settings
+	@$(BIN)/python -m tests.support.settings_doc > docs/SETTINGS.md
 
 bench: setup ## throughput and latency; one JSON object on the last line
 	@$(BIN)/python -m benchmarks $(ARGS)

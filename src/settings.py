@@ -29,7 +29,13 @@ class Settings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="TOOLFLEET_", extra="ignore", frozen=True, hide_input_in_errors=True, populate_by_name=True
+        env_prefix="TOOLFLEET_",
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,
+        populate_by_name=True,
+        use_attribute_docstrings=True,
     )
 
     # -- where things are -------------------------------------------------------------------------------------
@@ -40,8 +46,11 @@ class Settings(BaseSettings):
     consul_http_addr: str | None = Field(None, validation_alias="CONSUL_HTTP_ADDR")
     """``[http://]host:port`` of a Consul agent; asked for whatever has no explicit URL."""
     consul_http_token: SecretStr | None = Field(None, validation_alias="CONSUL_HTTP_TOKEN")
+    """Sent to that agent."""
     nats_service_name: str = "nats-grpc-service"
+    """Of NATS in Consul; its meta may carry `stream` and `subject_prefix`."""
     redis_service_name: str = "redis-grpc-service"
+    """Of Redis in Consul."""
     mcp_config: Path | None = None
     """A JSON file in the `mcpServers` form of desktop clients and editors."""
     mcp_variables: dict[str, SecretStr] = Field(default_factory=dict)
@@ -55,36 +64,48 @@ class Settings(BaseSettings):
 
     # -- the queue --------------------------------------------------------------------------------------------
     stream: str = "TOOLFLEET_TASKS"
+    """The JetStream stream of tasks."""
     subject_prefix: str = "toolfleet.tasks"
+    """Tasks are published to ``<prefix>.<tier>.<job_id>``."""
     dlq_stream: str = "TOOLFLEET_DLQ"
+    """The JetStream stream of dead letters."""
     dlq_subject_prefix: str = "toolfleet.dlq"
+    """Dead letters are published to ``<prefix>.<job_id>``."""
     stream_max_bytes: int = Field(1 << 30, ge=1 << 20)
     """Of the task stream; a full stream answers 429."""
     dlq_max_bytes: int = Field(256 << 20, ge=1 << 20)
+    """Of the dead letter stream; the oldest go first, and the stats warn at 80 %."""
     dlq_max_age_days: float = Field(30, gt=0)
+    """How long a dead letter stays."""
     ack_wait: Seconds = 30
     """How long JetStream waits for an ack or in_progress before it delivers a task again."""
     publish_timeout: Seconds = 5
+    """The bound of one request to JetStream."""
 
     # -- the store --------------------------------------------------------------------------------------------
     redis_timeout: Seconds = 5
     """The bound of one Redis round trip, connecting included."""
     redis_max_connections: int = Field(8, ge=2)
+    """Of one process; beyond it callers wait for one to be free."""
     result_ttl_hours: float = Field(24, ge=24)
     """How long a record, its results and its Idempotency-Key are kept after the end; at least 24 (G6)."""
     event_log_max: int = Field(1000, ge=50)
-    """Events kept of one job; older ones are trimmed and readers are told by a `gap` event."""
+    """Entries kept of one job's log, one a write, which holds one event or several; older ones are trimmed and readers
+    are told by a `gap` event."""
 
     # -- jobs -------------------------------------------------------------------------------------------------
     max_calls_per_job: int = Field(100, ge=1, le=1000)
+    """More are refused with 422."""
     max_body_bytes: int = Field(900 * 1024, ge=1024, le=900 * 1024)
     """Of a request and of the task it becomes: 900 KiB leaves room for headers below NATS' 1 MiB max_payload."""
     job_timeout: Seconds = 600
     """Running time of a job over all attempts, where the caller sets none."""
     call_timeout: Seconds = 300
+    """Of one tool call in one attempt."""
     max_retries: int = Field(2, ge=0, le=20)
+    """Where the caller sets none."""
     retry_delays: Annotated[tuple[float, ...], NoDecode] = (30.0, 60.0)
-    """Comma separated; the last one repeats."""
+    """Seconds before the first, the second … retry, comma separated; the last one repeats."""
     retry_jitter: float = Field(0.2, ge=0, le=1)
     """A delay is multiplied by a random factor from 1 to 1 + this."""
     max_starts: int = Field(3, ge=1, le=100)
@@ -96,6 +117,7 @@ class Settings(BaseSettings):
     calls_at_once: int = Field(8, ge=1, le=1000)
     """Tool calls of one job that run at once."""
     lease: Seconds = 30
+    """How long an attempt holds its job without a renewal; renewed every third of it."""
     drain_timeout: Seconds = 30
     """From SIGTERM to the moment at which running jobs are handed back."""
     progress_interval: float = Field(0.2, ge=0)
@@ -103,13 +125,13 @@ class Settings(BaseSettings):
     recovery_check_interval: Seconds = Field(
         30, validation_alias=_either("RECOVERY_CHECK_INTERVAL_SECONDS", "TOOLFLEET_RECOVERY_CHECK_INTERVAL")
     )
-    stuck_run_timeout_minutes: float = Field(
-        60, gt=0, validation_alias=_either("STUCK_RUN_TIMEOUT_MINUTES", "TOOLFLEET_STUCK_RUN_TIMEOUT_MINUTES")
-    )
+    """Between two looks of the reconciler for jobs that no message will wake."""
     worker_name: str | None = None
+    """Unique in the fleet; ``<tier>-<host>-<pid>`` where unset."""
 
     # -- tools ------------------------------------------------------------------------------------------------
     max_result_bytes: int = Field(8 << 20, ge=1024)
+    """Of one call's result; a larger one fails its call."""
     mcp_connect_timeout: Seconds = 10
     """For a tool server to be reached or started, and ready."""
     mcp_max_connections: int = Field(1000, ge=1)
@@ -121,12 +143,17 @@ class Settings(BaseSettings):
 
     # -- the web tools server ---------------------------------------------------------------------------------
     web_host: str = "127.0.0.1"
+    """Where the tool server listens."""
     web_port: int = Field(8090, ge=0, le=65535)
+    """0 picks a free one."""
     web_allow_private: bool = False
     """Let `web_crawl` fetch private and loopback addresses."""
     web_user_agent: str = "toolfleet-web-crawl/0.1"
+    """Sent with every fetch, and looked for in robots.txt."""
     web_fetch_timeout: Seconds = 15
+    """Of one fetch, each redirect by itself."""
     web_max_page_bytes: int = Field(5 << 20, ge=1024)
+    """Of one page, as sent and as unpacked; a larger one is skipped."""
     web_crawl_timeout: Seconds = 240
     """After it a crawl ends with the pages it has; below `call_timeout`, so that they are not lost to that."""
     web_drain_timeout: Seconds = 10
@@ -134,15 +161,19 @@ class Settings(BaseSettings):
 
     # -- the API ----------------------------------------------------------------------------------------------
     api_host: str = "127.0.0.1"
+    """Where the API listens. It asks for no key: put it on another address only behind something that does."""
     api_port: int = Field(8081, ge=0, le=65535)
+    """0 picks a free one."""
     public_url: str | None = None
     """Prefix of the URLs in answers, where the API sits behind a proxy; without it URLs are paths."""
     sse_heartbeat: Seconds = 15
+    """Between two comments on a stream that has nothing to tell."""
     api_concurrency: int = Field(20, ge=1)
     """Synchronous runs at once in one API process."""
 
     # -- logs -------------------------------------------------------------------------------------------------
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """From which level on is written."""
     log_format: Literal["auto", "json", "console"] = "auto"
     """`auto`: console on a terminal, JSON otherwise."""
     no_color: str = Field("", validation_alias="NO_COLOR")

@@ -11,12 +11,16 @@ import asyncio
 from collections.abc import Callable
 from typing import Final
 
+import structlog
+
 from toolfleet.services.background_jobs.call_run import CallOutcome
 from toolfleet.services.background_jobs.errors import StoreError
 from toolfleet.services.background_jobs.ports import AttemptStore, Changes, Granted, Lease
 from toolfleet.services.background_jobs.store_gate import StoreGate
 from toolfleet.services.background_jobs.task_models import EventType, NewEvent, TaskDefinition, ToolCall, ToolResult
 from toolfleet.services.background_jobs.transitions import CallEnd
+
+log = structlog.get_logger(__name__)
 
 STARTED_DELAY_S: Final = 0.02
 """A start is told after this, or with whatever is written before: no eye sees the difference."""
@@ -170,10 +174,12 @@ class AttemptLog:
             wseq = self._wseq
             try:
                 answer = await self._gate.insist(lambda: self._store.progress(self._lease, changes, wseq))
-            except StoreError:
-                # Refused, not unreachable: what it says is kept for the next write, and that one will be heard.
+            except StoreError as error:
+                # Refused, not unreachable: what it says is kept for the next write, the job's last one at the latest,
+                # whose refusal is heard.
+                log.error("attempt.write_refused", job_id=self._lease.job_id, error=str(error))
                 self._results[:0], self._events[:0] = changes.results, changes.events
-                raise
+                return
             if answer == "lost":
                 self._on_lost()
 

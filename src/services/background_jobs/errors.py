@@ -8,6 +8,7 @@
     │   ├── UnknownTool
     │   ├── InvalidArguments
     │   └── IdempotencyConflict     same key, another body
+    ├── InvalidCursor               a cursor that no page of ours has given
     ├── MalformedTask               a message of the queue that is no task
     ├── NewerTask                   a task of a version this program does not know
     ├── JobNotFound
@@ -60,6 +61,10 @@ class InvalidArguments(InvalidTask):
 
 class IdempotencyConflict(InvalidTask):
     """This Idempotency-Key was used with another body. Use a new key for another job."""
+
+
+class InvalidCursor(ToolfleetError):
+    """The cursor is not one of ours. Begin again without one."""
 
 
 class MalformedTask(ToolfleetError):

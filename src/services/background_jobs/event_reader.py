@@ -79,7 +79,8 @@ async def read_events(
         view = await check()
         generation = view.record.generation if view.record is not None else 1
         over = view.record is not None and view.record.status.terminal
-        replay = Replay(after)
+        # An id that the log has not reached yet would hide the end: begin at the log's.
+        replay = Replay(after if view.record is None else min(after, view.record.last_event))
         pushed: Sequence[JobEvent] | None = ()
         while True:
             reconnecting = False

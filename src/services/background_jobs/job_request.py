@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Iterator
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
 
 from toolfleet.services.background_jobs.errors import InvalidTask, TaskTooLarge
 from toolfleet.services.background_jobs.task_models import (
@@ -21,6 +32,17 @@ MAX_DELAY_S: Final = 30 * 86400
 MAX_TIMEOUT_S: Final = 24 * 3600
 MAX_DEPTH: Final = 64
 """Of nested JSON in arguments and metadata: deeper than any schema in use, far below what breaks a parser."""
+
+
+def _within_calendar(moment: AwareDatetime) -> AwareDatetime:
+    # Milliseconds of later ones can't be turned back into a date, and earlier ones are below zero.
+    if not 1971 <= moment.year <= 9998:
+        raise ValueError("must lie in a year from 1971 to 9998")
+    return moment
+
+
+Moment = Annotated[AwareDatetime, AfterValidator(_within_calendar)]
+"""With an offset, such as 2030-01-01T00:00:00Z."""
 
 
 class NewCall(BaseModel):
@@ -48,8 +70,8 @@ class NewJob(BaseModel):
     fallback: Literal["sync", "fail"] = "fail"
     """What to do where the queue is down: run at once and wait, or refuse."""
     delay_seconds: float | None = Field(None, ge=0, le=MAX_DELAY_S)
-    run_at: AwareDatetime | None = None
-    expires_at: AwareDatetime | None = None
+    run_at: Moment | None = None
+    expires_at: Moment | None = None
     session_id: str | None = Field(None, max_length=256)
     metadata: dict[str, JsonValue] = Field(default_factory=dict)
 
@@ -64,8 +86,11 @@ class NewJob(BaseModel):
         ids = [call.tool_call_id for call in self.tools if call.tool_call_id is not None]
         if len(ids) != len(set(ids)):
             raise ValueError("each tool_call_id must be unique in its job")
-        if depth_of([[call.tool_args for call in self.tools], self.metadata]) > MAX_DEPTH:
+        free_form = [[call.tool_args for call in self.tools], self.metadata]
+        if depth_of(free_form) > MAX_DEPTH:
             raise ValueError(f"arguments or metadata are nested deeper than {MAX_DEPTH} levels")
+        if any(isinstance(value, float) and not math.isfinite(value) for value in _leaves(free_form)):
+            raise ValueError("arguments or metadata hold a number that JSON can't carry: NaN, or beyond 1.8e308")
         return self
 
     def body_hash(self) -> str:
@@ -99,13 +124,22 @@ def depth_of(value: Any) -> int:
     deepest, level = 0, [value]
     while level:
         deepest += 1
-        level = [
-            child
-            for item in level
-            for child in (item.values() if isinstance(item, dict) else item if isinstance(item, list) else ())
-            if isinstance(child, (dict, list))
-        ]
+        level = [child for item in level for child in _children(item) if isinstance(child, (dict, list))]
     return deepest
+
+
+def _children(value: Any) -> Any:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    level = [value]
+    while level:
+        children = [child for item in level for child in _children(item)]
+        yield from (child for child in children if not isinstance(child, (dict, list)))
+        level = [child for child in children if isinstance(child, (dict, list))]
 
 
 def make_task(

@@ -13,6 +13,7 @@ import structlog
 from toolfleet.services.background_jobs.errors import (
     IdempotencyConflict,
     IllegalMove,
+    JobExpired,
     JobNotFound,
     QueueError,
     QueueFull,
@@ -192,8 +193,8 @@ class JobService:
 
     async def _check(self, calls: Sequence[ToolCall]) -> None:
         for call in calls:
-            spec = await self._catalogue.find(call.tool_name)
             try:
+                spec = await self._catalogue.find(call.tool_name)
                 self._check_arguments(spec, call.tool_args)
             except Exception as error:
                 if hasattr(error, "details"):
@@ -241,24 +242,32 @@ class JobService:
     async def _run_now(self, task: TaskDefinition, reason: str | None, *, never_published: bool) -> Submission:
         if self._sync is None:
             raise QueueUnavailable("this process runs no jobs itself; submit it in mode background", job_id=task.job_id)
+        if reason is not None and never_published and not await self._store_answers():
+            # Neither a message nor a claim can stand anywhere: nobody else can run it.
+            results, failure = await self._sync.run_unrecorded(task)
+            return Submission(task, None, True, ran=True, fallback_reason=reason, results=results, error=failure)
         try:
             answer = await self._sync.run(task)
         except StoreUnavailable as error:
-            if not never_published:
-                # It may stand in the stream, and without a claim nobody could tell: it must not run a second time.
-                raise QueueUnavailable(
-                    "neither queue nor store answer, and the job may have been queued; ask again with the same "
-                    "Idempotency-Key",
-                    maybe_stored=True,
-                    job_id=task.job_id,
-                ) from error
             if reason is None:
                 raise
-            results, failure = await self._sync.run_unrecorded(task)
-            return Submission(task, None, True, ran=True, fallback_reason=reason, results=results, error=failure)
+            # It may stand in the stream, or its claim in the store although the answer was lost: it must not run twice.
+            raise QueueUnavailable(
+                "neither queue nor store answer, and the job may have been queued; ask again with the same "
+                "Idempotency-Key",
+                maybe_stored=True,
+                job_id=task.job_id,
+            ) from error
         record = await self._store.get(task.job_id)
         ran = isinstance(answer, Granted) and record is not None and record.status.terminal
         return Submission(task, record, isinstance(answer, Granted), ran=ran, fallback_reason=reason)
+
+    async def _store_answers(self) -> bool:
+        try:
+            await self._store.ping()
+        except StoreUnavailable:
+            return False
+        return True
 
     # -- read --------------------------------------------------------------------------------------------------
 
@@ -266,8 +275,9 @@ class JobService:
         """A job as it is now.
 
         Raises:
-            JobNotFound: there is none of this id and tenant.
+            JobNotFound: there is none of this id and tenant; `JobExpired` where there was one.
             StoreUnavailable: Redis is down and the stream does not hold it: its state can't be told.
+            QueueUnavailable: there is no record, and NATS is down: whether the stream holds it can't be told.
         """
         try:
             record = await self._store.get(job_id)
@@ -276,14 +286,19 @@ class JobService:
             if found is None:
                 raise
             return JobView(None, _owned(found, tenant), degraded=True)
+        if record is None:
+            # A job that was accepted while Redis was down is known to the stream alone, so this raises where it is down.
+            found = await self._queue.find(job_id)
+            if found is not None:
+                return JobView(None, _owned(found, tenant))
+            # Between the two looks a worker may have recorded it, finished and acked it.
+            record = await self._store.get(job_id)
         if record is not None:
             _owned(record.task, tenant)
             return JobView(record, None)
-        found = await self._in_stream(job_id)
-        if found is None:
-            raise JobNotFound(f"there is no job {job_id}; its result may have expired", job_id=job_id)
-        # Published a moment ago, and the record is still on its way.
-        return JobView(None, _owned(found, tenant))
+        if await self._store.expired(job_id):
+            raise JobExpired(f"job {job_id} ended, and its result is no longer kept", job_id=job_id)
+        raise JobNotFound(f"there is no job {job_id}; its result may have expired", job_id=job_id)
 
     async def _in_stream(self, job_id: str) -> TaskDefinition | None:
         try:

@@ -26,8 +26,6 @@ RECONNECT_WAIT_S = 0.25
 """So that the first new job after an outage starts within 1 s."""
 CONNECT_TIMEOUT_S = 2
 
-AUTH_ERRORS = ("authorization", "authentication", "user authentication expired")
-
 
 class NatsConnection:
     """A `nats.aio` client with its life cycle."""
@@ -60,7 +58,10 @@ class NatsConnection:
     async def start(self, wait_s: float = 3.0) -> bool:
         """Begin to connect, and wait a little for it; whether it is connected."""
         self._connecting = asyncio.create_task(self._connect(), name="nats-connect")
-        await asyncio.wait([self._connecting], timeout=wait_s)
+        done, _ = await asyncio.wait([self._connecting], timeout=wait_s)
+        for ended in done:
+            # What trying again can't mend, such as an address that is none.
+            ended.result()
         return self.connected
 
     async def wait_connected(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from datetime import datetime
 from typing import Any, Final, Literal
@@ -32,6 +31,10 @@ STORE_FAILED: Final = 10077
 """`maximum messages per subject exceeded` as well as `maximum bytes exceeded`: queued already, or full."""
 DUPLICATE_IN_FLIGHT: Final = 10158
 """The same Nats-Msg-Id is being stored at this moment."""
+LETTER_HEADER: Final = "Toolfleet-Dead-Letter"
+"""JSON: what is said of a dead letter, beside the message itself."""
+HEADERS_MARGIN: Final = 1024
+"""Of a dead letter, for the other headers: a task of 900 KiB leaves a hundred times as much below 1 MiB."""
 INSUFFICIENT: Final = frozenset({10023, 10028, 10047})
 """Resources, account or server storage at their limit."""
 
@@ -88,12 +91,11 @@ class NatsTaskQueue:
     async def publish(self, task: TaskDefinition, *, again: bool = False) -> Literal["stored", "duplicate", "refused"]:
         """Publish a task and wait for its ack (step 1); `again` leaves the message id out."""
         subject = self._names.subject(task.priority, task.job_id)
-        return await self._publish(subject, task.to_json(), None if again else task.task_id)
+        return await self._publish(subject, task.to_json(), None if again else {"Nats-Msg-Id": task.task_id})
 
     async def _publish(
-        self, subject: str, data: bytes, message_id: str | None
+        self, subject: str, data: bytes, headers: dict[str, str] | None
     ) -> Literal["stored", "duplicate", "refused"]:
-        headers = {"Nats-Msg-Id": message_id} if message_id else None
         reply = await self._connection.request(subject, data, self._timeout, headers=headers)
         answer: dict[str, Any] = json.loads(reply.data)
         if error := answer.get("error"):
@@ -142,18 +144,21 @@ class NatsTaskQueue:
 
     async def dead_letter(self, letter: DeadLetter) -> None:
         """Publish to the dead letter stream and wait for its ack (step 9); repeating it stores nothing new."""
-        body = {
+        about = {
             "v": 1,
             "job_id": letter.job_id,
             "fence": letter.fence,
             "reason": letter.reason,
             "message": letter.message,
-            "payload": base64.b64encode(letter.payload).decode(),
         }
         last = letter.job_id or "malformed"
         # A malformed message has no fence; its content names it, so that a redelivery stores it once.
-        message_id = f"dlq:{letter.job_id}:{letter.fence}" if letter.job_id else f"dlq:{letter.message_key}"
-        if await self._publish(f"{self._names.dlq_prefix}.{last}", json.dumps(body).encode(), message_id) == "refused":
+        message_id = f"dlq:{letter.job_id}:{letter.fence}" if letter.fence else f"dlq:{letter.message_key}"
+        headers = {"Nats-Msg-Id": message_id, LETTER_HEADER: json.dumps(about)}
+        # The message goes as it is, beside the headers: encoded, a large one would be above the server's max_payload
+        # and could never be buried. What does not fit even so is cut; a task always fits.
+        room = self._connection.client.max_payload - len(headers[LETTER_HEADER]) - HEADERS_MARGIN
+        if await self._publish(f"{self._names.dlq_prefix}.{last}", letter.payload[:room], headers) == "refused":
             raise QueueFull(f"the dead letter stream {self._names.dlq} is full; raise TOOLFLEET_DLQ_MAX_BYTES")
 
     async def dead_letters(self, after: int, limit: int) -> DeadLetterPage:
@@ -214,14 +219,14 @@ class NatsTaskQueue:
 
 def _dead_letter_of(reply: Msg) -> DeadLetter:
     headers = reply.headers or {}
-    body = json.loads(reply.data)
-    job_id = body.get("job_id")
+    about = json.loads(headers[LETTER_HEADER])
+    job_id = about.get("job_id")
     return DeadLetter(
         job_id=job_id if job_id and is_job_id(job_id) else None,
-        fence=int(body["fence"]),
-        reason=str(body["reason"]),
-        message=str(body["message"]),
-        payload=base64.b64decode(body["payload"]),
+        fence=int(about["fence"]),
+        reason=str(about["reason"]),
+        message=str(about["message"]),
+        payload=reply.data,
         seq=int(headers["Nats-Sequence"]),
         at=_millis(headers["Nats-Time-Stamp"]),
     )

@@ -228,6 +228,10 @@ class JobStore(AttemptStore, Protocol):
     async def get(self, job_id: str) -> JobRecord | None:
         """The record, or None."""
 
+    async def expired(self, job_id: str) -> bool:
+        """Whether something still proves that a job of this id ended and its record is gone; False where nothing
+        does, which is no proof that there never was one."""
+
     async def results(self, job_id: str) -> Mapping[str, ToolResult]:
         """The stored results by tool_call_id."""
 

@@ -99,6 +99,7 @@ class PullFeed:
         self._wake = asyncio.Event()
         self._renew = False
         self._gone = False
+        self._refused = False
         self._running = False
         self.pulls = 0
 
@@ -121,6 +122,10 @@ class PullFeed:
                 except TimeoutError:
                     pass
                 self._wake.clear()
+                if self._refused:
+                    # Asked again at once, a server that refuses would be asked as fast as it answers.
+                    self._refused = False
+                    await asyncio.sleep(CHECK_S)
                 if self._gone:
                     self._gone = False
                     await self._make_consumer()
@@ -178,7 +183,7 @@ class PullFeed:
             self._heard = asyncio.get_running_loop().time()
         self._outstanding += batch
         self.pulls += 1
-        await self._connection.publish(self._subject, json.dumps(body).encode(), f"{self._inbox}.{self.pulls}")
+        await self._connection.publish(self._subject, json.dumps(body).encode(), f"{self._inbox}.{self.pulls}-{batch}")
 
     async def _on_message(self, message: Msg) -> None:
         self._heard = asyncio.get_running_loop().time()
@@ -192,11 +197,14 @@ class PullFeed:
         status = headers.get("Status", "")
         if status == "100":
             return
-        # 404, 408 and most 409 end a pull and say how many of its messages were not delivered.
-        self._outstanding = max(0, self._outstanding - int(headers.get("Nats-Pending-Messages", self._outstanding)))
+        # This ends one pull, and says how many of its messages were not delivered. A refused one says nothing: then it
+        # is as many as were asked for, which stand in its reply subject; the other pulls go on.
+        batch = message.subject.rpartition("-")[2]
+        self._outstanding = max(0, self._outstanding - int(headers.get("Nats-Pending-Messages", batch)))
         description = headers.get("Description", "")
         if status == "503" or "Consumer Deleted" in description or "Consumer is push" in description:
             self._gone = True
         if status not in ("404", "408"):
+            self._refused = True
             log.info("pull.ended", status=status, description=description)
         self._wake.set()

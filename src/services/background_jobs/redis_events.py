@@ -97,8 +97,15 @@ class RedisEventFeed:
         self._pubsub = self._client.pubsub()
         async with asyncio.timeout(self._timeout):
             await self._pubsub.ping()
-            if self._listeners:
-                await self._pubsub.subscribe(*self._listeners)
+            subscribed: set[str] = set()
+            # Listeners come and go while this waits, and nobody else subscribes for them before `connected` is set.
+            while subscribed != self._listeners.keys():
+                if missing := self._listeners.keys() - subscribed:
+                    await self._pubsub.subscribe(*missing)
+                elif left := subscribed - self._listeners.keys():
+                    await self._pubsub.unsubscribe(*left)
+                    subscribed -= left
+                subscribed |= missing
         self.connected = True
         for listeners in list(self._listeners.values()):
             for listener in list(listeners):
@@ -182,7 +189,12 @@ class JobWatch:
         if message is None or len(self._pushed) >= MAX_PUSHED:
             self._missed = True
         else:
-            self._pushed += events_from(self._job_id, message)
+            try:
+                self._pushed += events_from(self._job_id, message)
+            except ValueError as error:
+                # A newer worker's event, say. One channel's must not end the process's only reader.
+                log.warning("redis_events.unreadable", job_id=self._job_id, error=str(error))
+                self._missed = True
         self._wake.set()
 
     async def changed(self, timeout: float) -> Sequence[JobEvent] | None:

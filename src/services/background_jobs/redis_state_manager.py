@@ -10,8 +10,14 @@ from dataclasses import asdict
 from typing import Any, Final, Literal
 
 import redis.asyncio as redis
+import structlog
 
-from toolfleet.services.background_jobs.errors import StoreError, StoreUnavailable
+from toolfleet.services.background_jobs.errors import (
+    InvalidCursor,
+    MalformedTask,
+    NewerTask,
+    StoreUnavailable,
+)
 from toolfleet.services.background_jobs.ports import (
     CancelAnswer,
     Changes,
@@ -53,8 +59,11 @@ from toolfleet.services.background_jobs.task_models import (
     Tier,
     ToolCall,
     ToolResult,
+    is_job_id,
 )
 from toolfleet.services.background_jobs.transitions import Ending
+
+log = structlog.get_logger(__name__)
 
 WORKERS_ROOT: Final = "tf:{workers}"
 """Heartbeats lie beside the partitions, in a slot of their own."""
@@ -233,6 +242,10 @@ class RedisStateManager:
         fields = _mapping(await self._redis.read("HGETALL", f"{root_of(job_id)}:job:{job_id}"))
         return record_from(job_id, fields) if fields else None
 
+    async def expired(self, job_id: str) -> bool:
+        """Whether something still proves that a job of this id ended and its record is gone."""
+        return bool(int(await self._redis.call("expired", root_of(job_id), job_id)))
+
     async def results(self, job_id: str) -> Mapping[str, ToolResult]:
         """The stored results by tool_call_id."""
         stored = _mapping(await self._redis.read("HGETALL", f"{root_of(job_id)}:res:{job_id}"))
@@ -316,7 +329,12 @@ class RedisStateManager:
         found = []
         for at in range(0, len(reply), 5):
             job_id, status, generation, fence, task = reply[at : at + 5]
-            definition = _renewed(task, int(generation)) if task else None
+            try:
+                definition = _renewed(task, int(generation)) if task else None
+            except (MalformedTask, NewerTask) as error:
+                # A newer worker looks after it, or a person: nothing that is here can publish it.
+                log.warning("store.orphan_unreadable", job_id=job_id, error=str(error))
+                continue
             found.append(Orphan(job_id, Status(status), int(generation), int(fence), definition))
         return found
 
@@ -400,11 +418,11 @@ def _scored(answer: Sequence[Any]) -> list[tuple[str, Any]]:
 
 
 def _renewed(task: str, generation: int) -> TaskDefinition:
-    """A record's task as the message of a generation; what delayed the first one does not delay a later one."""
+    """A record's task as the message of a generation; what bounds the first one's start is left out."""
     definition = TaskDefinition.from_json(task)
     if generation == definition.generation:
         return definition
-    return definition.model_copy(update={"generation": generation, "delay_ms": 0, "run_at": None})
+    return definition.model_copy(update={"generation": generation, "delay_ms": 0, "run_at": None, "expires_at": None})
 
 
 def _reopened(reply: Sequence[Any]) -> ReopenAnswer:
@@ -417,6 +435,6 @@ def _parse_cursor(cursor: str | None) -> tuple[int, str] | None:
     if not cursor:
         return None
     created, _, job_id = cursor.partition("_")
-    if not created.isdigit() or not job_id:
-        raise StoreError("the cursor is not one of ours; begin again without one")
+    if not (created.isascii() and created.isdigit() and len(created) <= 15 and is_job_id(job_id)):
+        raise InvalidCursor
     return int(created), job_id

@@ -52,10 +52,12 @@ class StoreGate:
 
     async def _until_up(self) -> None:
         while True:
+            # Before the first question too: a store that answers it and refuses writes, out of memory for instance,
+            # would otherwise be asked without a pause.
+            await asyncio.sleep(PROBE_S)
             try:
                 await self._ping()
             except StoreError:
-                await asyncio.sleep(PROBE_S)
                 continue
             log.info("store.up")
             self._open.set()

@@ -19,7 +19,7 @@ from toolfleet.services.background_jobs.store_gate import StoreGate
 from toolfleet.services.background_jobs.task_executor import JobExecutor
 from toolfleet.services.background_jobs.task_lease import Held
 from toolfleet.services.background_jobs.task_models import ErrorInfo, TaskDefinition, ToolCall, ToolResult
-from toolfleet.services.background_jobs.transitions import Failed, Retry
+from toolfleet.services.background_jobs.transitions import Completed, Failed, Retry, Unknown, unknown
 
 
 class SyncRunner:
@@ -30,6 +30,7 @@ class SyncRunner:
         self._runner = runner
         self._rules = rules
         self._slots = asyncio.Semaphore(at_once)
+        self._runs: set[asyncio.Task[ClaimAnswer]] = set()
 
     async def run(self, task: TaskDefinition) -> ClaimAnswer:
         """Claim and run. The run is a task of its own: a caller who goes away does not end it.
@@ -37,8 +38,14 @@ class SyncRunner:
         Raises:
             StoreUnavailable: there was no claim, so nothing ran.
         """
+        run = asyncio.create_task(self._run(task), name=f"sync:{task.job_id}")
+        self._runs.add(run)
+        run.add_done_callback(self._runs.discard)
+        return await asyncio.shield(run)
+
+    async def _run(self, task: TaskDefinition) -> ClaimAnswer:
         async with self._slots:
-            return await asyncio.shield(asyncio.create_task(self._executor.run_now(task), name=f"sync:{task.job_id}"))
+            return await self._executor.run_now(task)
 
     async def run_unrecorded(self, task: TaskDefinition) -> tuple[Mapping[str, ToolResult], ErrorInfo | None]:
         """Run a task that surely stands nowhere else, with neither queue nor store: the results, and why it failed."""
@@ -49,7 +56,15 @@ class SyncRunner:
         async with self._slots:
             outcome, changes = await attempt.run(Held(attempt, float("inf")))
         results = {r.tool_call_id: r for r in (*store.results, *changes.results)}
-        return results, outcome.error if isinstance(outcome, (Failed, Retry)) else None
+        match outcome:
+            case Completed():
+                return results, None
+            case Failed(error=error) | Retry(error=error):
+                return results, error
+            case Unknown(calls=calls):
+                return results, unknown(task.job_id, calls).error
+            case _:
+                return results, ErrorInfo(code="broken", message="the run broke off; its results so far are kept")
 
 
 class _NoStore:

@@ -103,13 +103,17 @@ class JobExecutor:
         return answer
 
     async def _read(self, delivery: Delivery) -> TaskDefinition | None:
+        last = delivery.subject.rpartition(".")[2]
         try:
-            return TaskDefinition.from_json(delivery.data)
+            task = TaskDefinition.from_json(delivery.data)
+            if task.job_id != last:
+                # Cancel, reopen and the reconciler find a job's message by its subject.
+                raise MalformedTask(f"not a task: its job_id is {task.job_id}, its subject {delivery.subject}")
+            return task
         except NewerTask as error:
             log.warning("task.newer", subject=delivery.subject, error=str(error), hint="a newer worker will take it")
             await delivery.nak(NEWER_TASK_DELAY_S * (1 + self._chance()))
         except MalformedTask as error:
-            last = delivery.subject.rpartition(".")[2]
             job_id = last if is_job_id(last) else None
             letter = DeadLetter(job_id, 0, "malformed", str(error), delivery.data)
             if await self._bury(letter):

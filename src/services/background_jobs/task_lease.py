@@ -40,6 +40,8 @@ class Held:
 
     attempt: Stoppable
     deadline: float
+    expired: bool = False
+    """Whether it was told so."""
 
 
 class LeaseKeeper:
@@ -77,6 +79,9 @@ class LeaseKeeper:
     def attempt(self, attempt: Stoppable, asked_at: float) -> Iterator[Held]:
         """Renew an attempt's lease; `asked_at` is the monotonic second before the claim was sent."""
         held = Held(attempt, asked_at + self.lease_s)
+        if earlier := self._held.get(attempt.lease.job_id):
+            # The claim that made this attempt took the job from that one.
+            earlier.attempt.stop(Stop.LOST)
         self._held[attempt.lease.job_id] = held
         try:
             yield held
@@ -106,14 +111,20 @@ class LeaseKeeper:
         """Stop the attempts whose lease ended by our clock."""
         now = self._clock()
         for held in list(self._held.values()):
-            if held.deadline <= now:
+            if held.deadline <= now and not held.expired:
+                held.expired = True
                 log.warning("lease.expired", job_id=held.attempt.lease.job_id, hint="Redis did not answer in time")
                 held.attempt.stop(Stop.LOST)
 
     async def renew_all(self) -> None:
-        """One renewal of everything in hand."""
+        """One renewal of everything in hand. Neither server's silence holds up what goes to the other."""
+        await asyncio.gather(self._keep_deliveries(), self._renew_leases())
+
+    async def _keep_deliveries(self) -> None:
         for delivery in list(self._deliveries):
             await delivery.in_progress()
+
+    async def _renew_leases(self) -> None:
         held = list(self._held.values())
         if not held:
             return
@@ -130,6 +141,6 @@ class LeaseKeeper:
             if answer == "lost":
                 one.attempt.stop(Stop.LOST)
                 continue
-            one.deadline = asked_at + self.lease_s
+            one.deadline, one.expired = asked_at + self.lease_s, False
             if answer == "cancel":
                 one.attempt.stop(Stop.CANCEL)

@@ -101,7 +101,8 @@ TERMINAL_EVENTS: Final = frozenset(
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Unknown fields are ignored: what a newer worker of the same version adds must not make stored data unreadable.
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class ToolCall(_Frozen):
@@ -115,12 +116,7 @@ class ToolCall(_Frozen):
 
 
 class TaskDefinition(_Frozen):
-    """The message by which a job travels: all that a worker needs to know without any other source.
-
-    Unknown fields are ignored on reading: a field added later within version 1 must not make the task unreadable.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    """The message by which a job travels: all that a worker needs to know without any other source."""
 
     v: Literal[1] = TASK_VERSION
     job_id: JobId
@@ -174,7 +170,7 @@ class TaskDefinition(_Frozen):
 def _version_of(data: bytes | str) -> int:
     try:
         version = json.loads(data).get("v", 0)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return 0
     return version if isinstance(version, int) else 0
 

@@ -144,6 +144,8 @@ def conclude(
     The order matters: a lost lease forbids every write; a cancel is a person's word; an unknown outcome waits until
     the calls that may run again have run.
     """
+    if stop is None and all(end is CallEnd.COMPLETED for end in ends.values()):
+        return Completed()
     by_end = {end: [call for call, e in ends.items() if e is end] for end in CallEnd}
     open_calls = by_end[CallEnd.STOPPED]
     if stop is Stop.LOST or (open_calls and stop is None):
@@ -152,7 +154,7 @@ def conclude(
         return Cancelled(reached, tuple(still_running))
     if stop is Stop.DRAIN and open_calls:
         return HandedBack()
-    if by_end[CallEnd.RETRY] and stop is None:
+    if by_end[CallEnd.RETRY] and stop in (None, Stop.DRAIN):
         return Retry(errors[by_end[CallEnd.RETRY][0]])
     if by_end[CallEnd.UNKNOWN]:
         return Unknown(tuple(by_end[CallEnd.UNKNOWN]))

@@ -11,6 +11,7 @@
 --   <root>:ix:<tier>:<status>  zset    job ids by creation time
 --   <root>:due                 zset    job ids by the time at which the reconciler is to look at them
 --   <root>:expiry              zset    `<tier>:<status>:<id>` by the time at which the record is gone
+--   <root>:gone                zset    ids of jobs that expired, the latest ones, for a while
 --   <root>:totals              hash    jobs that ended, by status
 --   <root>:rate:<minute>       string  jobs that ended in a minute
 -- and the channels <root>:ev:<id> (events) and tf:ctl:<worker> (cancel requests).
@@ -120,7 +121,7 @@ local function wait_again(k, rec, now, not_before, ran)
   move(k, rec, 'queued')
   redis.call('HSET', k.job, 'status', 'queued', 'not_before', not_before, 'ran', ran, 'lease_until', '0',
              'run_from', '0', 'token', '', 'worker', '', 'tool', '', 'seq', rec.seq, 'starts', rec.starts,
-             'retries', rec.retries, 'ended_by', rec.fence, 'done', rec.done, 'failed', rec.failed)
+             'retries', rec.retries, 'ended_by', '0', 'done', rec.done, 'failed', rec.failed)
   redis.call('ZADD', k.due, math.max(now, not_before) + GRACE_MS, k.id)
 end
 
@@ -141,6 +142,35 @@ local function count(map)
   local n = 0
   for _ in pairs(map) do n = n + 1 end
   return n
+end
+
+-- Results that say 'failed' go, with the marks of their calls: a new generation runs the calls that did not succeed.
+local function drop_failed(k, rec)
+  local done = calls_of(k)
+  for call, outcome in pairs(done) do
+    if outcome == 'f' then
+      redis.call('HDEL', k.res, call)
+      redis.call('HDEL', k.job, 'm:' .. call)
+    end
+  end
+  rec.done, rec.failed = redis.call('HLEN', k.res), 0
+end
+
+-- A new generation with the same id, log and results: starts 0, nothing requested, nothing undecided. What bounded the
+-- start of the first one does not bound a later one.
+local function open_generation(k, rec, generation)
+  for _, status in ipairs({ 'failed', 'cancelled', 'unknown' }) do
+    redis.call('ZREM', k.root .. ':expiry', rec.tier .. ':' .. status .. ':' .. k.id)
+  end
+  for _, field in ipairs(redis.call('HKEYS', k.job)) do
+    local kind = string.sub(field, 1, 2)
+    if kind == 'u:' or kind == 'd:' then redis.call('HDEL', k.job, field) end
+  end
+  rec.generation, rec.starts, rec.retries, rec.cancel, rec.ran = generation, 0, 0, nil, 0
+  rec.run_from, rec.not_before, rec.expires, rec.stale = 0, 0, 0, 0
+  redis.call('HDEL', k.job, 'cancel', 'finished', 'error', 'stage', 'message', 'stale')
+  redis.call('HSET', k.job, 'generation', generation, 'percent', '0', 'expires', '0', 'retries', '0')
+  redis.call('PERSIST', k.job); redis.call('PERSIST', k.log); redis.call('PERSIST', k.res)
 end
 
 -- Sorted, so that replies and replicas do not depend on the order of a Lua table.

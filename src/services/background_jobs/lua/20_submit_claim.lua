@@ -25,11 +25,16 @@ end
 local function ends_at_claim(k, rec, now)
   if rec.cancel then
     end_cancelled(k, rec, now, rec.cancel)
-  elseif rec.expires > 0 and rec.expires <= now and rec.starts == 0 then
+  elseif rec.expires > 0 and rec.expires <= now and rec.started == 0 then
     end_failed(k, rec, now, 'expired', 'the job was not started before its expires_at; submit it again')
-  elseif rec.ran >= rec.timeout then
-    end_failed(k, rec, now, 'timeout', 'the job used up its running time of ' .. (rec.timeout / 1000) ..
-               ' s over all attempts; its results so far are kept')
+  elseif stop_clock(rec, now) >= rec.timeout then
+    local _, marked = calls_of(k)
+    if #marked > 0 then
+      end_unknown(k, rec, now, marked)
+    else
+      end_failed(k, rec, now, 'timeout', 'the job used up its running time of ' .. (rec.timeout / 1000) ..
+                 ' s over all attempts; its results so far are kept')
+    end
   elseif rec.starts > 0 then
     local done, marked = calls_of(k)
     if #marked == 0 or count(done) + #marked < rec.total then return false end
@@ -78,14 +83,18 @@ local function claim(keys, args)
   if generation < rec.generation then return { 'over', 'superseded' } end
   if generation > rec.generation then
     -- Reopening writes the record before it publishes, so Redis has lost that write: the message tells the truth.
+    drop_failed(k, rec)
+    open_generation(k, rec, generation)
     move(k, rec, 'queued')
-    rec.generation, rec.starts, rec.retries, rec.cancel, rec.ran, rec.run_from = generation, 0, 0, nil, 0, 0
-    redis.call('HDEL', k.job, 'cancel')
-    redis.call('HSET', k.job, 'generation', generation, 'retries', '0')
-    redis.call('PERSIST', k.job); redis.call('PERSIST', k.log); redis.call('PERSIST', k.res)
+    redis.call('HSET', k.job, 'done', rec.done, 'failed', 0)
+    redis.call('ZADD', k.due, now + lease_ms + GRACE_MS, k.id)
   end
   if TERMINAL[rec.status] then return { 'over', rec.status } end
-  if rec.status == 'running' and rec.token == token then return granted(k, rec, max_starts) end
+  if rec.status == 'running' and rec.token == token then
+    -- The answer was lost, and whoever asks again counts its lease from now.
+    redis.call('HSET', k.job, 'lease_until', now + lease_ms)
+    return granted(k, rec, max_starts)
+  end
   if rec.status == 'running' and rec.lease_until > now then
     return { 'later', rec.lease_until - now, 'held by another attempt' }
   end

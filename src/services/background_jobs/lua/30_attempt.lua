@@ -125,6 +125,7 @@ local function leave(keys, args, counts_as_retry)
     emit(k, rec, now, 'job.queued', '{"tier":"' .. rec.tier .. '","reason":"handed_back"}')
   end
   wait_again(k, rec, now, now + delay, stop_clock(rec, now))
+  redis.call('HSET', k.job, 'ended_by', rec.fence)
   return 'ok'
 end
 

@@ -24,25 +24,9 @@ local function cancel(keys, args)
   return { 'running', rec.status, rec.tier, rec.worker }
 end
 
--- A new generation with the same id, log and results: starts 0, nothing requested, nothing undecided.
 local function next_generation(k, rec, now, data)
-  for _, status in ipairs({ 'failed', 'cancelled', 'unknown' }) do
-    redis.call('ZREM', k.root .. ':expiry', rec.tier .. ':' .. status .. ':' .. k.id)
-  end
-  rec.generation, rec.starts, rec.retries, rec.cancel, rec.ran = rec.generation + 1, 0, 0, nil, 0
-  redis.call('HDEL', k.job, 'cancel', 'finished', 'error', 'stage', 'message')
-  redis.call('HSET', k.job, 'generation', rec.generation, 'percent', '0')
-  redis.call('PERSIST', k.job); redis.call('PERSIST', k.log); redis.call('PERSIST', k.res)
+  open_generation(k, rec, rec.generation + 1)
   emit(k, rec, now, 'job.queued', data)
-end
-
--- Results that say 'failed' go: a new generation runs the calls that did not succeed.
-local function drop_failed(k, rec)
-  local done = calls_of(k)
-  for call, outcome in pairs(done) do
-    if outcome == 'f' then redis.call('HDEL', k.res, call) end
-  end
-  rec.done, rec.failed = redis.call('HLEN', k.res), 0
 end
 
 -- reopen(root; id, event data): step 11 for failed and cancelled jobs.
@@ -73,19 +57,20 @@ local function resolve(keys, args)
   if redis.call('HEXISTS', k.job, 'u:' .. call) == 0 then return { 'no_such_call', rec.status, '' } end
   redis.call('HSET', k.job, 'd:' .. call, decision)
   redis.call('HDEL', k.job, 'u:' .. call, 'm:' .. call)
-  if decision ~= 'rerun' then redis.call('HSET', k.res, call, args[4]) end
-  for _, field in ipairs(redis.call('HKEYS', k.job)) do
-    if string.sub(field, 1, 2) == 'u:' then return { 'waiting', rec.status, '' } end
+  if decision ~= 'rerun' then
+    redis.call('HSET', k.res, call, args[4])
+    redis.call('PEXPIRE', k.res, redis.call('PTTL', k.job))
   end
-  for _, field in ipairs(redis.call('HKEYS', k.job)) do
-    if string.sub(field, 1, 2) == 'd:' then redis.call('HDEL', k.job, field) end
-  end
-  next_generation(k, rec, now, args[5])
   local failed, done = 0, calls_of(k)
   for _, outcome in pairs(done) do
     if outcome == 'f' then failed = failed + 1 end
   end
   rec.done, rec.failed = count(done) - failed, failed
+  redis.call('HSET', k.job, 'done', rec.done, 'failed', rec.failed)
+  for _, field in ipairs(redis.call('HKEYS', k.job)) do
+    if string.sub(field, 1, 2) == 'u:' then return { 'waiting', rec.status, '' } end
+  end
+  next_generation(k, rec, now, args[5])
   if count(done) < rec.total then
     wait_again(k, rec, now, 0, 0)
     return { 'reopened', 'queued', redis.call('HGET', k.job, 'task'), rec.generation }

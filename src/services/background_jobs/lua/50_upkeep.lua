@@ -43,7 +43,7 @@ local function reclaim(keys, args)
     end_cancelled(k, rec, now, rec.cancel)
     return 'settled'
   end
-  if rec.expires > 0 and rec.expires <= now and rec.starts == 0 then
+  if rec.expires > 0 and rec.expires <= now and rec.started == 0 then
     end_failed(k, rec, now, 'expired', 'the job was not started before its expires_at; submit it again')
     return 'settled'
   end
@@ -60,16 +60,40 @@ local function reclaim(keys, args)
   return 'publish'
 end
 
--- prune(root; limit): drops expired jobs from the indexes.
+-- How many ids of expired jobs a partition remembers, and for how long: they turn a 404 into a 410, nothing else.
+local GONE_MAX = 5000
+local GONE_MS = 7 * 24 * 3600 * 1000
+
+-- prune(root; limit): drops expired jobs from the indexes. A job that came back under its Idempotency-Key is not gone.
 local function prune(keys, args)
-  local root = keys[1]
-  local gone = redis.call('ZRANGEBYSCORE', root .. ':expiry', '-inf', now_ms(), 'LIMIT', 0, args[1])
+  local root, now = keys[1], now_ms()
+  local tombs = root .. ':gone'
+  local gone = redis.call('ZRANGEBYSCORE', root .. ':expiry', '-inf', now, 'LIMIT', 0, args[1])
   for _, member in ipairs(gone) do
     local tier, status, id = string.match(member, '^(%a+):(%a+):(.+)$')
     redis.call('ZREM', root .. ':ix:' .. tier .. ':' .. status, id)
     redis.call('ZREM', root .. ':expiry', member)
+    if redis.call('EXISTS', root .. ':job:' .. id) == 0 then redis.call('ZADD', tombs, now, id) end
+  end
+  if #gone > 0 then
+    redis.call('ZREMRANGEBYSCORE', tombs, '-inf', now - GONE_MS)
+    redis.call('ZREMRANGEBYRANK', tombs, 0, -GONE_MAX - 1)
+    redis.call('PEXPIRE', tombs, GONE_MS)
   end
   return #gone
+end
+
+-- expired(root; id): 1 where something still proves that a job of this id ended and its record is gone, else 0.
+local function expired(keys, args)
+  local root, id = keys[1], args[1]
+  if redis.call('EXISTS', root .. ':job:' .. id) == 1 then return 0 end
+  if redis.call('ZSCORE', root .. ':gone', id) then return 1 end
+  for _, tier in ipairs({ 'high', 'normal', 'low' }) do
+    for status in pairs(TERMINAL) do
+      if redis.call('ZSCORE', root .. ':expiry', tier .. ':' .. status .. ':' .. id) then return 1 end
+    end
+  end
+  return 0
 end
 
 -- stats(root): (tier, queued, running, ms since the creation of the oldest queued job that is due)*3, then jobs ended
@@ -127,6 +151,7 @@ end
 redis.register_function('{prefix}_orphans', orphans)
 redis.register_function('{prefix}_reclaim', reclaim)
 redis.register_function('{prefix}_prune', prune)
+redis.register_function({ function_name = '{prefix}_expired', callback = expired, flags = { 'no-writes' } })
 redis.register_function({ function_name = '{prefix}_stats', callback = stats, flags = { 'no-writes' } })
 redis.register_function('{prefix}_heartbeat', heartbeat)
 redis.register_function('{prefix}_workers', workers)
