@@ -47,7 +47,6 @@ from toolfleet.services.background_jobs.task_models import Tier
 from toolfleet.services.background_jobs.task_worker import TaskWorker
 from toolfleet.services.discovery.chain import build_registry
 from toolfleet.services.discovery.registry import Registry
-from toolfleet.services.tool_execution.schema_check import check_arguments
 from toolfleet.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -113,14 +112,20 @@ def redis_client(settings: Settings, url: str) -> redis.Redis:
         protocol=2,
         client_name=f"toolfleet-{os.getpid()}",
     )
-    return redis.Redis(connection_pool=pool)
+    # With `connection_pool=` the client would not close the pool.
+    return redis.Redis.from_pool(pool)
 
 
 @contextlib.asynccontextmanager
-async def open_core(settings: Settings, *, name: str) -> AsyncIterator[Core]:
+async def open_core(settings: Settings, *, name: str, prepare: bool = True) -> AsyncIterator[Core]:
     """Connect to queue and store, wherever the registry says they are.
 
     It does not fail because NATS or Redis is down: they are reached when they come up.
+
+    Args:
+        settings: where things are and how they behave.
+        name: shown in NATS' list of connections.
+        prepare: make the streams where they are missing, and check them; without it nothing is changed.
 
     Raises:
         DiscoveryError: it is not known where they are.
@@ -145,12 +150,14 @@ async def open_core(settings: Settings, *, name: str) -> AsyncIterator[Core]:
         stack.push_async_callback(connection.close)
         queue = await _queue(settings, registry, connection)
         core = Core(settings, registry, client, store, feed, connection, queue, QueueState())
-        if await connection.start():
-            await prepare_queue(core)
-            if core.queue_state.mismatch is not None:
-                raise core.queue_state.mismatch
-        # A server that comes up later, or comes back, may be another one: it is checked again.
-        connection.on_reconnect(lambda: prepare_queue(core))
+        connected = await connection.start()
+        if prepare:
+            if connected:
+                await prepare_queue(core)
+                if core.queue_state.mismatch is not None:
+                    raise core.queue_state.mismatch
+            # A server that comes up later, or comes back, may be another one: it is checked again.
+            connection.on_reconnect(lambda: prepare_queue(core))
         yield core
 
 
@@ -281,6 +288,8 @@ async def open_service(
     Raises:
         DiscoveryError, StreamMismatch: as `open_core`.
     """
+    from toolfleet.services.tool_execution.schema_check import check_arguments  # late: a worker checks no arguments
+
     async with contextlib.AsyncExitStack() as stack:
         core = await stack.enter_async_context(open_core(settings, name=name))
         if tools is None:
@@ -323,7 +332,7 @@ def default_worker_name(tier: Tier) -> str:
 async def open_worker(
     settings: Settings, tier: Tier, *, tools: ToolRunner | None = None, status_file: Path | None = None
 ) -> AsyncIterator[TaskWorker]:
-    """A worker of one tier; `run` it. Raises as `open_core`."""
+    """A worker of one tier; `run` it. Raises as `open_core`, `StreamMismatch` also where it is found out later."""
     async with contextlib.AsyncExitStack() as stack:
         name = settings.worker_name or default_worker_name(tier)
         core = await stack.enter_async_context(open_core(settings, name=name))
@@ -342,7 +351,7 @@ async def open_worker(
                 on_consumer_gone=lambda: prepare_queue(core),
             )
 
-        yield TaskWorker(
+        worker = TaskWorker(
             worker_id=name,
             tier=tier,
             slots=settings.concurrency,
@@ -358,3 +367,15 @@ async def open_worker(
             version=package_version(),
             status_file=status_file,
         )
+        watch = asyncio.create_task(_stop_on_mismatch(core.queue_state, worker), name="queue-watch")
+        try:
+            yield worker
+        finally:
+            await _end([watch])
+        if core.queue_state.mismatch is not None:
+            raise core.queue_state.mismatch
+
+
+async def _stop_on_mismatch(state: QueueState, worker: TaskWorker) -> None:
+    await state.failed.wait()
+    worker.stop()

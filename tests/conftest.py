@@ -100,6 +100,9 @@ def make_settings() -> SettingsFactory:
             "subject_prefix": f"tasks-{unique}",
             "dlq_stream": f"DLQ_{unique}",
             "dlq_subject_prefix": f"dlq-{unique}",
+            # A stream reserves its size for the whole session, of the 4 GB that the session's server has.
+            "stream_max_bytes": 4 << 20,
+            "dlq_max_bytes": 1 << 20,
         }
         return Settings.model_validate(names | overrides)
 

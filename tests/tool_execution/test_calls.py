@@ -38,7 +38,7 @@ async def test_text_structure_images_and_errors_arrive_as_they_came(call: Caller
 
 
 async def test_arguments_arrive_as_they_were_given(call: Caller) -> None:
-    value = {"none": None, "list": [None, 1, 1.5, "é", True], "deep": {"empty": {}}}
+    value: dict[str, object] = {"none": None, "list": [None, 1, 1.5, "é", True], "deep": {"empty": {}}}
 
     assert json.loads(text(await call("keep", value=value))) == value
 

@@ -14,7 +14,6 @@ from tests.support.waiting import wait_until
 from tests.tool_execution.conftest import OpenTools
 from tests.tool_execution.harness import Caller, ListRegistry, Notes, old_stdio, stdio_toolbox, text
 from toolfleet.services.background_jobs.errors import ToolUnavailable, UnknownTool
-from toolfleet.services.background_jobs.ports import ToolSpec
 from toolfleet.services.discovery.models import McpServer
 from toolfleet.services.tool_execution.catalogue import CachedCatalogue
 
@@ -134,16 +133,17 @@ async def test_a_known_tool_is_found_without_waiting_for_an_old_copys_refresh(
     servers.gate.clear()
     servers.servers = {"a": [tool("one", readOnlyHint=True)]}
 
-    async def found() -> ToolSpec:
-        return await catalogue.find("one")
-
     asked = len(servers.asked)
-    await wait_until(lambda: found(), "the old copy serves")
-    await wait_until(lambda: len(servers.asked) > asked, "a refresh has begun beside it")
-    assert not (await found()).repeatable
+
+    async def refresh_begun() -> bool:
+        assert not (await catalogue.find("one")).repeatable
+        return len(servers.asked) > asked
+
+    await wait_until(refresh_begun, "a refresh has begun beside the old copy")
+    assert not (await catalogue.find("one")).repeatable
 
     async def repeatable() -> bool:
-        return (await found()).repeatable
+        return (await catalogue.find("one")).repeatable
 
     servers.gate.set()
     await wait_until(repeatable, "the refresh is seen")
@@ -162,7 +162,7 @@ async def test_a_slow_server_does_not_hold_up_what_another_offers(make_settings:
             return await super().list_tools(name)
 
     catalogue._servers = Stuck(quick=[tool("one"), tool("two")], stuck=[])
-    assert (await catalogue.find("two")).server == "quick"
+    assert (await catalogue.find("quick/two")).server == "quick"
     await catalogue.close()
 
 
@@ -243,7 +243,9 @@ async def test_no_key_is_without_a_ttl(redis: Redis, make_settings: SettingsFact
     assert keys == [b"tf:catalogue:a", b"tf:catalogue:b", b"tf:catalogue_servers"]
     for key in keys:
         assert 6 * 86_400 < await redis.ttl(key) <= 7 * 86_400
-    kept = json.loads(await redis.get("tf:catalogue:a"))
+    stored = await redis.get("tf:catalogue:a")
+    assert stored is not None
+    kept = json.loads(stored)
     assert set(kept) == {"v", "server", "version", "fetched_at", "tools"}
 
 

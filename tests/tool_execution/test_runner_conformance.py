@@ -178,18 +178,22 @@ async def test_an_unknown_tool_comes_with_the_nearest(both: Both) -> None:
 
 
 async def test_what_a_function_raises_is_its_failure() -> None:
+    errors: list[Exception] = []
+
     async def breaks(arguments: dict[str, Any], context: CallContext) -> str:
-        raise arguments["error"]
+        raise errors.pop()
 
     local = LocalToolRunner({"breaks": (ToolSpec(name="breaks", server="local", tool="breaks"), breaks)})
     context = CallContext(job_id=JOB, attempt=1, idempotency_key="k", timeout_s=5, on_progress=lambda *_: None)
     spec = await local.find("breaks")
-    for error, expected in [
+    call = ToolCall(tool_call_id="c", tool_name="breaks")
+    cases: list[tuple[Exception, type[ToolFailure]]] = [
         (KeyError("s3cret"), ToolServerFailed),
         (TimeoutError(), ToolServerFailed),
         (ResultTooLarge("own words"), ResultTooLarge),
-    ]:
-        call = ToolCall.model_construct(tool_call_id="c", tool_name="breaks", tool_args={"error": error})
+    ]
+    for error, expected in cases:
+        errors.append(error)
         with pytest.raises(ToolFailure) as caught:
             await local.run(spec, call, context)
         assert type(caught.value) is expected

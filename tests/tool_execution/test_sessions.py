@@ -17,6 +17,7 @@ from tests.tool_execution.harness import (
     Caller,
     ListRegistry,
     Notes,
+    children_of,
     is_running,
     old_stdio,
     own_children,
@@ -43,13 +44,17 @@ HANG = spec_of("toolbox", "hang")
 async def until_it_works(call: Caller) -> ToolResult:
     """A call that is made again while the server is being reached."""
 
-    async def attempt() -> ToolResult | None:
-        try:
-            return await call.run(ECHO, text="back")
-        except ToolUnavailable:
-            return None
+    results: list[ToolResult] = []
 
-    return await wait_until(attempt, "the server is reached again", timeout=30)
+    async def attempt() -> bool:
+        try:
+            results.append(await call.run(ECHO, text="back"))
+        except ToolUnavailable:
+            return False
+        return True
+
+    await wait_until(attempt, "the server is reached again", timeout=30)
+    return results[0]
 
 
 async def test_a_crash_fails_the_calls_that_were_on_and_no_later_one(notes: Notes, open_tools: OpenTools) -> None:
@@ -81,7 +86,7 @@ async def test_a_server_that_crashes_at_every_call_is_given_pauses(notes: Notes,
 
 
 async def test_a_hung_server_is_replaced_for_new_calls(notes: Notes, open_tools: OpenTools) -> None:
-    call = Caller(await open_tools(stdio_toolbox(notes), mcp_connect_timeout=3))
+    call = Caller(await open_tools(stdio_toolbox(notes), mcp_connect_timeout=6))
     await call.run(ECHO, text="one")
 
     with pytest.raises(ToolTimedOut):
@@ -275,7 +280,7 @@ async def test_a_server_gets_the_safe_environment_and_its_own(
 
 @pytest.mark.parametrize("manner", ["plain", "silent", "strict"])
 async def test_servers_of_the_oldest_protocol_work(manner: str, open_tools: OpenTools) -> None:
-    tools = await open_tools(old_stdio(manner), mcp_connect_timeout=3)
+    tools = await open_tools(old_stdio(manner), mcp_connect_timeout=5)
     call = Caller(tools)
 
     result = await call.run(spec_of("old", "old_echo"), text="hello")
@@ -328,8 +333,9 @@ async def test_servers_that_nobody_here_wrote(open_tools: OpenTools) -> None:
 
 async def test_killing_the_worker_ends_the_server_and_all_that_it_started(notes: Notes) -> None:
     owner = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "tests.tool_execution.servers.owner", str(notes.path), stdout=asyncio.subprocess.PIPE
-    )
+        sys.executable, "-m", "tests.tool_execution.servers.owner", str(notes.path),
+        stdout=asyncio.subprocess.PIPE, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
     assert owner.stdout is not None
     family = json.loads(await asyncio.wait_for(owner.stdout.readline(), 30))
     assert len(family) == 3
@@ -348,10 +354,25 @@ async def test_a_server_that_is_killed_takes_its_family_along(
     call = Caller(await open_tools(stdio_toolbox(notes)))
     family = json.loads(text(await call.run(spec_of("toolbox", "family"))))
 
+    session = await (await call.tools.servers.link("toolbox")).session(1)
     os.kill(family[0], number)
 
     await wait_until(lambda: not any(is_running(pid) for pid in family), "all are gone")
+    await wait_until(lambda: not session.usable, "their end has been noticed")
     assert text(await call.run(ECHO, text="on")) == "on"
+
+
+async def test_a_server_does_not_outlive_its_launcher(notes: Notes, open_tools: OpenTools) -> None:
+    call = Caller(await open_tools(stdio_toolbox(notes)))
+    before = json.loads(text(await call.run(spec_of("toolbox", "about"))))["pid"]
+    [launcher] = [pid for pid in own_children() if before in children_of(pid)]
+
+    session = await (await call.tools.servers.link("toolbox")).session(1)
+    os.kill(launcher, signal.SIGKILL)
+
+    await wait_until(lambda: not is_running(before), "the server is gone")
+    await wait_until(lambda: not session.usable, "its end has been noticed")
+    assert text(await until_it_works(call)) == "back"
 
 
 async def test_closing_ends_servers_even_frozen_ones(notes: Notes, open_tools: OpenTools) -> None:

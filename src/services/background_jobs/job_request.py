@@ -86,11 +86,7 @@ class NewJob(BaseModel):
         ids = [call.tool_call_id for call in self.tools if call.tool_call_id is not None]
         if len(ids) != len(set(ids)):
             raise ValueError("each tool_call_id must be unique in its job")
-        free_form = [[call.tool_args for call in self.tools], self.metadata]
-        if depth_of(free_form) > MAX_DEPTH:
-            raise ValueError(f"arguments or metadata are nested deeper than {MAX_DEPTH} levels")
-        if any(isinstance(value, float) and not math.isfinite(value) for value in _leaves(free_form)):
-            raise ValueError("arguments or metadata hold a number that JSON can't carry: NaN, or beyond 1.8e308")
+        check_free_form([[call.tool_args for call in self.tools], self.metadata])
         return self
 
     def body_hash(self) -> str:
@@ -117,6 +113,14 @@ def _free_name(number: int, taken: set[str | None]) -> str:
         suffix += 1
         name = f"call_{number}_{suffix}"
     return name
+
+
+def check_free_form(value: Any) -> None:
+    """Raises `ValueError` where free-form JSON can't be carried: too deep, or a number that is none in JSON."""
+    if depth_of(value) > MAX_DEPTH:
+        raise ValueError(f"arguments, metadata or result are nested deeper than {MAX_DEPTH} levels")
+    if any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in _leaves(value)):
+        raise ValueError("arguments, metadata or result hold a number that JSON can't carry: NaN, or beyond 1.8e308")
 
 
 def depth_of(value: Any) -> int:

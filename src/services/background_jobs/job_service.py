@@ -287,7 +287,7 @@ class JobService:
                 raise
             return JobView(None, _owned(found, tenant), degraded=True)
         if record is None:
-            # A job that was accepted while Redis was down is known to the stream alone, so this raises where it is down.
+            # A job that was accepted while Redis was down is known to the stream alone: this raises where it is down.
             found = await self._queue.find(job_id)
             if found is not None:
                 return JobView(None, _owned(found, tenant))

@@ -196,7 +196,8 @@ class NatsTaskQueue:
         Raises:
             QueueUnavailable: no answer.
         """
-        report = {"server": str(self._connection.client.connected_server_version)}
+        version = self._connection.client.connected_server_version
+        report = {"server": f"{version.major}.{version.minor}.{version.patch}"}
         tasks = self._names.tasks
         for config in (self._tasks, self._dlq):
             report[config["name"]] = await self._admin.state_of(f"STREAM.INFO.{config['name']}", config)

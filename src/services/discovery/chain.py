@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import structlog
 
-from toolfleet.services.discovery.consul_registry import ConsulRegistry
 from toolfleet.services.discovery.models import DiscoveryError, McpServer, ServiceNotFound
 from toolfleet.services.discovery.registry import Registry
 from toolfleet.services.discovery.static_registry import StaticRegistry
@@ -23,6 +22,9 @@ def build_registry(settings: Settings) -> Registry:
     """
     consul = None
     if settings.consul_http_addr:
+        # Late: py-consul brings two HTTP clients along, a sixth of what a worker without Consul takes to start.
+        from toolfleet.services.discovery.consul_registry import ConsulRegistry
+
         token = settings.consul_http_token
         consul = ConsulRegistry(
             settings.consul_http_addr,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from mcp.shared.exceptions import MCPError
 from mcp_types import (
@@ -28,11 +28,13 @@ from toolfleet.services.background_jobs.errors import (
     ResultTooLarge,
     ToolConnectionLost,
     ToolFailure,
+    ToolfleetError,
     ToolRejected,
     ToolServerFailed,
     ToolUnavailable,
 )
 from toolfleet.services.background_jobs.task_models import ErrorInfo, ToolCall, ToolResult
+from toolfleet.services.discovery.models import McpServer
 from toolfleet.services.tool_execution.exchange import (
     TOO_LARGE_CODE,
     Broken,
@@ -41,6 +43,8 @@ from toolfleet.services.tool_execution.exchange import (
     Oversized,
     Refused,
 )
+
+_E = TypeVar("_E", bound=BaseException)
 
 _MAX_TEXT: Final = 500
 """Characters of a server's own words in an error message."""
@@ -99,6 +103,27 @@ def failure_of(where: Where, error: MCPError, exchange: Exchange) -> ToolFailure
     if error.code in _REJECTIONS:
         return ToolRejected(text, jsonrpc_code=error.code)
     return ToolServerFailed(text, jsonrpc_code=error.code)
+
+
+def not_opened(server: McpServer, error: BaseException, exchange: Exchange) -> ToolUnavailable:
+    """Why a session could not be opened. ``details["closed"]`` where the server ended instead of answering."""
+    known = _first(error, ToolUnavailable)
+    if known is not None:
+        return known
+    match exchange.fault:
+        case NotSent(reason):
+            return ToolUnavailable(f"MCP server '{server.name}' ({server.location}) can't be reached: {reason}")
+        case Refused(status):
+            hint = "; check the 'headers' (credentials) in its configuration" if status in (401, 403) else ""
+            return ToolUnavailable(f"MCP server '{server.name}' ({server.location}) answered with HTTP {status}{hint}")
+    answer = _first(error, MCPError)
+    if answer is not None and answer.code == CONNECTION_CLOSED:
+        return ToolUnavailable(
+            f"MCP server '{server.name}' ended before it was ready; its lines in this program's log say more",
+            closed=True,
+        )
+    reason = _bounded(answer) if answer else named(error)
+    return ToolUnavailable(f"no session with MCP server '{server.name}' ({server.location}): {reason}")
 
 
 def result_of(where: Where, raw: Mapping[str, Any], call: ToolCall, *, attempt: int, duration_ms: int) -> ToolResult:
@@ -183,3 +208,21 @@ def _first_text(content: list[dict[str, Any]]) -> str:
         if block.get("type") == "text" and isinstance(text, str) and text.strip():
             return text.strip()[:_MAX_TEXT]
     return "the tool reported an error without a text"
+
+
+def _first(error: BaseException, kind: type[_E]) -> _E | None:
+    """The first exception of a kind, inside exception groups too."""
+    if isinstance(error, kind):
+        return error
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            if (found := _first(inner, kind)) is not None:
+                return found
+    return None
+
+
+def named(error: BaseException) -> str:
+    """An exception by type, and by text where it is known to hold nothing of a request."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return str(error) if isinstance(error, ToolfleetError | MCPError | RuntimeError) else type(error).__name__

@@ -39,7 +39,7 @@ class ToolLister(Protocol):
 
 
 class CachedCatalogue:
-    """A `ToolCatalogue` over the fleet's servers.
+    """A `ToolCatalogue` over the fleet's servers. Made inside the event loop that it is used in.
 
     Args:
         servers: where the tools come from.
@@ -67,7 +67,8 @@ class CachedCatalogue:
         self._listed_at: dict[str, float] = {}
         """When each server was last asked, by the monotonic clock."""
         self._refreshing: asyncio.Task[None] | None = None
-        self._listings: set[asyncio.Task[None]] = set()
+        self._change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when the index changes; then there is another one."""
 
     @property
     def unreached(self) -> list[str]:
@@ -82,7 +83,7 @@ class CachedCatalogue:
             ToolUnavailable: no tool server was ever reached, or the one that is named never was.
         """
         await self._warm()
-        return self._index.get(tool_name) or await self._look_again(tool_name)
+        return self._settled(tool_name) or await self._look_again(tool_name)
 
     async def tools(self) -> Sequence[ToolSpec]:
         """All tools of the registered servers, by name; waits for the servers only where nothing is cached."""
@@ -93,11 +94,9 @@ class CachedCatalogue:
 
     async def close(self) -> None:
         """End the refresh that may be running. Safe to repeat."""
-        running = {*self._listings, *({self._refreshing} if self._refreshing else ())}
-        for task in running:
-            task.cancel()
-        if running:
-            await asyncio.wait(running)
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+            await asyncio.wait({self._refreshing})
 
     async def _warm(self) -> None:
         """Have the shared copy in memory, and a refresh on its way if it is due."""
@@ -129,11 +128,21 @@ class CachedCatalogue:
         """The spec as soon as any server lists it; None when all have answered, or at the bound."""
         deadline = time.monotonic() + self._settings.mcp_connect_timeout
         while True:
-            spec = self._index.get(tool_name)
+            spec = self._settled(tool_name)
             left = deadline - time.monotonic()
             if spec is not None or self._refreshing is None or left <= 0:
-                return spec
-            await asyncio.wait({self._refreshing, *self._listings}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                return spec or self._index.get(tool_name)
+            await asyncio.wait({self._refreshing, self._change}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+
+    def _settled(self, tool_name: str) -> ToolSpec | None:
+        """The spec, unless a server that is being asked for the first time could still make the name ambiguous.
+
+        Raises:
+            UnknownTool: it is ambiguous.
+        """
+        spec = self._index.get(tool_name)
+        first_asked = self._refreshing is not None and set(self.unreached) - self._failures.keys()
+        return None if first_asked and "/" not in tool_name else spec
 
     def _start(self, *, force: bool) -> None:
         """Begin a refresh, unless one is running: callers that come meanwhile share it."""
@@ -160,13 +169,9 @@ class CachedCatalogue:
             return
         self._rebuild()
         due = [name for name in self._live if self._is_old(name) or (force and self._may_ask(name))]
-        self._listings = {asyncio.create_task(self._list(name), name=f"tool-listing-{name}") for name in due}
-        try:
-            await asyncio.gather(*self._listings)
-        finally:
-            for task in self._listings:
-                task.cancel()
-            self._listings = set()
+        async with asyncio.TaskGroup() as group:
+            for name in due:
+                group.create_task(self._list(name), name=f"tool-listing-{name}")
 
     def _is_old(self, name: str) -> bool:
         tools = self._known.get(name)
@@ -208,6 +213,8 @@ class CachedCatalogue:
             name: tools for name, tools in self._known.items() if name in present or tools.fetched_at >= oldest
         }
         self._index = ToolIndex(self._known.values(), self._live, self._settings.tool_policy)
+        self._change.set_result(None)
+        self._change = asyncio.get_running_loop().create_future()
 
     def _reasons(self) -> str:
         if not self._live:

@@ -54,8 +54,8 @@ async def open_http(
         max_connections: of calls; further ones wait for a free connection, first come first served.
         max_body: bytes of a JSON response; above it the call fails and the rest is not read.
     """
-    # httpx logs the URL of every request, and an API key may stand in its query.
-    for library in ("httpx2", "httpcore2"):
+    # They log URLs, where an API key may stand in the query, session ids, and with 'debug' every argument.
+    for library in ("httpx2", "httpcore2", "mcp.client"):
         logging.getLogger(library).setLevel(logging.WARNING)
     transport = ContainedTransport(max_connections=max_connections, max_body=max_body)
     timeout = httpx2.Timeout(connect=connect_timeout, write=_WRITE_S, read=None, pool=None)

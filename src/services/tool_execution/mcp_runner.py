@@ -66,10 +66,10 @@ class McpToolRunner:
         from toolfleet.services.tool_execution.call_outcome import SessionGone, Where, result_of
 
         started = time.monotonic()
-        link = await self._servers.link(spec.server)
         meta = {IDEMPOTENCY_META: context.idempotency_key, ATTEMPT_META: context.attempt}
         stale = 0
         while True:
+            link = await self._servers.link(spec.server)
             session = await link.session(_left(started, context))
             try:
                 raw = await session.call(

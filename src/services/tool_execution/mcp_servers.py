@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from toolfleet.services.background_jobs.errors import ToolUnavailable
-from toolfleet.services.discovery.models import DiscoveryError, McpServer
+from toolfleet.services.discovery.models import McpServer
 from toolfleet.services.discovery.registry import Registry
 from toolfleet.settings import Settings
 
@@ -28,7 +28,8 @@ class McpServers:
     """Links to the servers of a registry, made when they are needed and kept.
 
     Args:
-        registry: asked again at most once a second; what it said last serves while it can't be used.
+        registry: asked again beside the calls, at most once a second; a call waits for it only where it names no
+            server that is known. What it said last serves while it can't be used.
         settings: bounds of the sessions.
     """
 
@@ -37,7 +38,7 @@ class McpServers:
         self._settings = settings
         self._servers: dict[str, McpServer] | None = None
         self._read_at = 0.0
-        self._reading = asyncio.Lock()
+        self._reading: asyncio.Task[None] | None = None
         self._links: dict[str, ServerLink] = {}
         self._leaving: list[ServerLink] = []
 
@@ -47,7 +48,8 @@ class McpServers:
         Raises:
             ToolUnavailable: the registry can't be used and never could.
         """
-        return sorted(await self._current())
+        await self._read()
+        return sorted(self._servers or ())
 
     async def link(self, name: str) -> ServerLink:
         """The way to a server.
@@ -55,10 +57,15 @@ class McpServers:
         Raises:
             ToolUnavailable: the registry names no such server now, or can't be used.
         """
-        servers = await self._current()
+        old = time.monotonic() - self._read_at > _REGISTRY_AGE_S
+        if name not in self._links and (old or self._servers is None):
+            await self._read()
+        elif old:
+            self._start_reading()
         link = self._links.get(name)
         if link is not None:
             return link
+        servers = self._servers or {}
         server = servers.get(name)
         if server is None:
             known = ", ".join(sorted(servers)) or "none"
@@ -80,28 +87,40 @@ class McpServers:
 
     async def close(self) -> None:
         """End all sessions and child processes. Safe to repeat."""
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.wait({self._reading})
         links = [*self._links.values(), *self._leaving]
         self._links.clear()
         self._leaving.clear()
         await asyncio.gather(*(link.close() for link in links))
 
-    async def _current(self) -> dict[str, McpServer]:
-        async with self._reading:
-            if self._servers is None or time.monotonic() - self._read_at > _REGISTRY_AGE_S:
-                await self._read()
-        assert self._servers is not None
-        return self._servers
-
     async def _read(self) -> None:
-        try:
-            servers = {server.name: server for server in await self._registry.mcp_servers()}
-        except DiscoveryError as error:
-            if self._servers is None:
-                raise ToolUnavailable(f"the MCP servers are not known: {error}") from error
-            _log.warning("the registry can't be used, its last answer about MCP servers serves: %s", error)
-            servers = self._servers
-        self._servers = servers
+        """Ask the registry; callers that come meanwhile share the answer.
+
+        Raises:
+            ToolUnavailable: it can't be used and never could.
+        """
+        task = self._start_reading()
+        await asyncio.wait({task})
+        if self._servers is None and not task.cancelled() and (error := task.exception()) is not None:
+            raise ToolUnavailable(f"the MCP servers are not known: {error}") from error
+
+    def _start_reading(self) -> asyncio.Task[None]:
+        if self._reading is None:
+            self._reading = asyncio.create_task(self._ask(), name="mcp-servers-from-registry")
+            self._reading.add_done_callback(self._asked)
+        return self._reading
+
+    def _asked(self, task: asyncio.Task[None]) -> None:
+        self._reading = None
         self._read_at = time.monotonic()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.warning("the registry can't be used, its last answer about MCP servers serves: %s", error)
+
+    async def _ask(self) -> None:
+        servers = {server.name: server for server in await self._registry.mcp_servers()}
+        self._servers = servers
         self._leaving = [link for link in self._leaving if not link.idle]
         for name, link in list(self._links.items()):
             if servers.get(name) != link.server:

@@ -1,21 +1,18 @@
 """One open session with one MCP server, shared by all calls that run at once.
 
 The SDK's client is entered and left by one task of this session, since its cancel scopes belong to the task that
-entered them; calls run in tasks of their own. A call that nobody waits for any more is taken back: the SDK then tells
-the server in the way of its protocol version (`notifications/cancelled`, or closing the stream of a 2026-07-28 HTTP
-request).
+entered them; calls run in tasks of their own (`request_tasks`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, Final, Literal, TypeVar, cast
+from typing import Any, Final, Literal, cast
 
 from mcp import Client
 from mcp.client import ClientSession
@@ -34,16 +31,16 @@ from mcp_types.version import LATEST_MODERN_VERSION, MODERN_PROTOCOL_VERSIONS
 from pydantic import RootModel, ValidationError
 
 from toolfleet.services.background_jobs.errors import (
-    ToolfleetError,
     ToolServerFailed,
     ToolTimedOut,
     ToolUnavailable,
 )
 from toolfleet.services.background_jobs.ports import ProgressSink
 from toolfleet.services.discovery.models import McpServer
-from toolfleet.services.tool_execution.call_outcome import Where, failure_of
-from toolfleet.services.tool_execution.exchange import Exchange, NotSent, Refused, use_exchange
+from toolfleet.services.tool_execution.call_outcome import Where, failure_of, named, not_opened
+from toolfleet.services.tool_execution.exchange import Exchange, use_exchange
 from toolfleet.services.tool_execution.http_transport import open_http
+from toolfleet.services.tool_execution.request_tasks import RequestTasks
 from toolfleet.services.tool_execution.stdio_transport import stdio_transport
 
 _log = logging.getLogger(__name__)
@@ -52,8 +49,6 @@ Mode = Literal["auto", "legacy"]
 """The SDK's: `auto` asks for the newest protocol and falls back to the older handshake; `legacy` is that alone."""
 
 _CLIENT: Final = Implementation(name="toolfleet", version=version("toolfleet"))
-_TELL_S: Final = 2.0
-"""The bound of telling a server that a call is taken back."""
 _LEAVE_S: Final = 10.0
 """For a session to close; above the bounds of the transports together."""
 _PROBE_S: Final = 5.0
@@ -61,9 +56,6 @@ _PAGES: Final = 100
 """Of a tool listing: a server that pages for ever must not hold the catalogue."""
 _JSON_OVERHEAD: Final = 3
 """A message may be this many times the result's limit: escapes (``\\u00e9`` for two bytes of UTF-8) and framing."""
-
-_T = TypeVar("_T")
-_E = TypeVar("_E", bound=BaseException)
 
 
 class _Raw(RootModel[dict[str, Any]]):
@@ -93,7 +85,7 @@ class McpSession:
         self._session: ClientSession | None = None
         self._owner: asyncio.Task[None] | None = None
         self._leave = asyncio.Event()
-        self._calls: set[asyncio.Task[Any]] = set()
+        self._requests = RequestTasks()
         self._answered = False
         self._ended = False
 
@@ -155,8 +147,7 @@ class McpSession:
 
     async def idle(self) -> None:
         """Wait until no call is on it."""
-        while self._calls:
-            await asyncio.wait(set(self._calls))
+        await self._requests.none()
 
     async def _own(self, mode: Mode, opened: asyncio.Future[None]) -> None:
         """Enter the client, keep it until the end, leave it: all in this task."""
@@ -172,11 +163,11 @@ class McpSession:
         except Exception as error:
             # The boundary to the SDK: whatever it raises, this session is over, and the next call opens another.
             if not opened.done():
-                opened.set_exception(self._unavailable(error, exchange))
+                opened.set_exception(not_opened(self.server, error, exchange))
             elif self._leave.is_set():
-                _log.debug("leaving MCP server %s: %s", self.server.name, _named(error))
+                _log.debug("leaving MCP server %s: %s", self.server.name, named(error))
             else:
-                _log.warning("session with MCP server %s broke: %s", self.server.name, _named(error))
+                _log.warning("session with MCP server %s broke: %s", self.server.name, named(error))
         finally:
             self._ended = True
             if not opened.done():
@@ -205,30 +196,6 @@ class McpSession:
         """The server has closed the connection: no call may start on it, and the owner leaves."""
         self._ended = True
         self._leave.set()
-
-    def _unavailable(self, error: Exception, exchange: Exchange) -> ToolUnavailable:
-        """Why the session could not be opened, in words that say what to do."""
-        known = _first(error, ToolUnavailable)
-        if known is not None:
-            return known
-        name = self.server.name
-        match exchange.fault:
-            case NotSent(reason):
-                return ToolUnavailable(f"MCP server '{name}' ({self.server.location}) can't be reached: {reason}")
-            case Refused(status) if status in (401, 403):
-                return ToolUnavailable(
-                    f"MCP server '{name}' answered with HTTP {status}; check the 'headers' (credentials) in its "
-                    "configuration"
-                )
-            case Refused(status):
-                return ToolUnavailable(f"MCP server '{name}' ({self.server.location}) answered with HTTP {status}")
-        answer = _first(error, MCPError)
-        if answer is not None and answer.code == CONNECTION_CLOSED:
-            return ToolUnavailable(
-                f"MCP server '{name}' ended before it was ready; its log lines say more", closed=True
-            )
-        reason = answer.message[:200] if answer else _named(error)
-        return ToolUnavailable(f"no session with MCP server '{name}' ({self.server.location}): {reason}")
 
     async def call(
         self, tool: str, arguments: Mapping[str, Any], *, meta: Mapping[str, Any], on_progress: ProgressSink,
@@ -264,7 +231,7 @@ class McpSession:
             return answer.root
 
         try:
-            return await self._bounded(attempt(), exchange, timeout)
+            return await self._requests.run(attempt(), exchange, timeout)
         except TimeoutError:
             if not exchange.sent:
                 raise ToolUnavailable(
@@ -289,7 +256,7 @@ class McpSession:
         exchange = Exchange()
         try:
             session = self._open_session()
-            return await self._bounded(self._listed(session), exchange, self._limits.connect_timeout)
+            return await self._requests.run(self._listed(session), exchange, self._limits.connect_timeout)
         except TimeoutError:
             raise ToolTimedOut(f"MCP server '{self.server.name}' did not list its tools in time") from None
         except MCPError as error:
@@ -302,7 +269,7 @@ class McpSession:
         try:
             session = self._open_session()
             question = _anything(session)
-            await self._bounded(question, Exchange(), min(_PROBE_S, self._limits.connect_timeout))
+            await self._requests.run(question, Exchange(), min(_PROBE_S, self._limits.connect_timeout))
         except TimeoutError:
             return False
         except MCPError as error:
@@ -327,42 +294,6 @@ class McpSession:
         _log.warning("MCP server %s lists its tools on more than %d pages; the rest is left", self.server.name, _PAGES)
         return tools
 
-    async def _bounded(self, work: Coroutine[Any, Any, _T], exchange: Exchange, timeout: float) -> _T:
-        """Run a request in a task of its own; take it back on time-out and on cancellation, telling the server.
-
-        Raises:
-            TimeoutError: no answer in time; what `work` raises.
-        """
-        context = contextvars.copy_context()
-        context.run(use_exchange, exchange)
-        task = asyncio.create_task(work, name=f"mcp-call-{self.server.name}", context=context)
-        self._calls.add(task)
-        task.add_done_callback(self._forget)
-        try:
-            await asyncio.wait({task}, timeout=timeout)
-            if task.done():
-                return task.result()
-        except asyncio.CancelledError:
-            await self._take_back(task, exchange)
-            raise
-        await self._take_back(task, exchange)
-        if task.done() and not task.cancelled():
-            return task.result()  # the answer came while the call was being taken back
-        raise TimeoutError
-
-    async def _take_back(self, task: asyncio.Task[Any], exchange: Exchange) -> None:
-        task.cancel()
-        try:
-            # A server that does not even take the cancel must not hold the worker's slot.
-            await asyncio.wait({task}, timeout=_TELL_S)
-        finally:
-            exchange.abandon()
-
-    def _forget(self, task: asyncio.Task[Any]) -> None:
-        self._calls.discard(task)
-        if not task.cancelled():
-            task.exception()  # looked at, so that asyncio does not report what nobody waits for any more
-
 
 async def _anything(session: ClientSession) -> None:
     """Ask what every server can answer. The protocol of 2026-07-28 has no ping; asking for its versions is as cheap."""
@@ -370,24 +301,6 @@ async def _anything(session: ClientSession) -> None:
         await session.send_discover(LATEST_MODERN_VERSION)
     else:
         await session.send_ping()
-
-
-def _first(error: BaseException, kind: type[_E]) -> _E | None:
-    """The first exception of a kind, inside exception groups too."""
-    if isinstance(error, kind):
-        return error
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            if (found := _first(inner, kind)) is not None:
-                return found
-    return None
-
-
-def _named(error: BaseException) -> str:
-    """An exception by type, and by text where the text is this program's own."""
-    while isinstance(error, BaseExceptionGroup) and error.exceptions:
-        error = error.exceptions[0]
-    return str(error) if isinstance(error, ToolfleetError | MCPError | RuntimeError) else type(error).__name__
 
 
 def _not_a_result(where: Where, error: ValidationError) -> str:

@@ -52,6 +52,7 @@ class ServerLink:
         self._not_before = 0.0
         self._last_failure = ""
         self._mode: Mode = "auto"
+        self._slow = False
         self._closed = False
         self.opened = 0
         """Sessions opened so far."""
@@ -132,6 +133,8 @@ class ServerLink:
             "session with MCP server %s (%s) opened, protocol %s",
             self.server.name, self.server.location, session.protocol_version,
         )  # fmt: skip
+        if self._closed:
+            self.retire(session)  # the registry has dropped the server meanwhile
         return session
 
     async def _connected(self) -> McpSession:
@@ -140,26 +143,33 @@ class ServerLink:
         Raises:
             ToolUnavailable: neither worked.
         """
-        whole = self._limits.connect_timeout
+        left = self._limits.connect_timeout
         if self._mode == "auto":
+            share = 1.0 if self._slow else _AUTO_SHARE
             try:
-                return await self._attempt("auto", whole * _AUTO_SHARE)
+                return await self._attempt("auto", left * share)
             except TimeoutError:
-                whole *= 1 - _AUTO_SHARE
+                left *= 1 - share
+                if left == 0:
+                    raise self._no_answer() from None
             except ToolUnavailable as error:
                 # Some older stdio servers end at any message that is not the handshake.
                 if not error.details.get("closed"):
                     raise
         try:
-            session = await self._attempt("legacy", whole)
+            session = await self._attempt("legacy", left)
         except TimeoutError:
-            self._mode = "auto"
-            raise ToolUnavailable(
-                f"MCP server '{self.server.name}' ({self.server.location}) did not answer within "
-                f"{self._limits.connect_timeout:g} s; it may be hung, or TOOLFLEET_MCP_CONNECT_TIMEOUT too short"
-            ) from None
+            raise self._no_answer() from None
         self._mode = "legacy"
         return session
+
+    def _no_answer(self) -> ToolUnavailable:
+        # Perhaps it only starts slowly: the next time the newest protocol gets all the time, then both again.
+        self._mode, self._slow = "auto", not self._slow
+        return ToolUnavailable(
+            f"MCP server '{self.server.name}' ({self.server.location}) did not answer within "
+            f"{self._limits.connect_timeout:g} s; it may be hung, or TOOLFLEET_MCP_CONNECT_TIMEOUT too short"
+        )
 
     async def _attempt(self, mode: Mode, timeout: float) -> McpSession:
         session = McpSession(self.server, self._limits)

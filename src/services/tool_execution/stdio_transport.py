@@ -99,8 +99,10 @@ async def _start(server: McpServer) -> tuple[asyncio.subprocess.Process, int]:
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
             env=environment, cwd=server.cwd, pass_fds=(end,), start_new_session=True,
         )  # fmt: skip
-    except OSError as error:
-        os.close(lifeline)
+    except BaseException as error:
+        os.close(lifeline)  # which ends the launcher too, should it have started
+        if not isinstance(error, OSError):
+            raise
         raise ToolUnavailable(
             f"MCP server '{server.name}' could not be started: {error.strerror or error}; check its 'command' and 'cwd'"
         ) from error

@@ -10,13 +10,20 @@ log_file() { printf '%s/%s.log' "$STATE_DIR" "$1"; }
 
 declare -A WORKER_PID=() WORKER_START=()
 
+# slurp FILE: sets CONTENT to what is in it, empty where it can't be read. Not `$(<FILE)`: bash 5.2 leaves a script
+# with `set -e` where that fails, even behind `||`, and files of processes go away at any time.
+slurp() {
+    CONTENT=''
+    { IFS= read -r -d '' CONTENT <"$1" || true; } 2>/dev/null
+}
+
 # proc_stat PID: sets PROC_SESSION and PROC_START (clock ticks after boot); fails where no live process has this pid.
 proc_stat() {
-    local stat
     local -a fields
-    { stat=$(<"/proc/$1/stat"); } 2>/dev/null || return 1
+    slurp "/proc/$1/stat"
+    [[ -n $CONTENT ]] || return 1
     # The second field is the program's name in parentheses and may contain anything; the rest is numbers (proc(5)).
-    read -ra fields <<<"${stat##*) }"
+    read -ra fields <<<"${CONTENT##*) }"
     [[ ${fields[0]} != [ZX] ]] || return 1
     PROC_SESSION=${fields[3]}
     PROC_START=${fields[19]}
@@ -83,9 +90,8 @@ runs() { [[ -n ${WORKER_PID[$1]:-} ]]; }
 # What a pid file without its worker means, for people.
 explain_stale() {
     if proc_stat "$FILE_PID"; then
-        local program=''
-        { program=$(<"/proc/$FILE_PID/comm"); } 2>/dev/null || true
-        say "$1: its pid file names $FILE_PID, which is another program now (${program:-unknown}); it is left alone"
+        slurp "/proc/$FILE_PID/comm"
+        say "$1: its pid file names $FILE_PID, which is another program now (${CONTENT%$'\n'}); it is left alone"
     else
         say "$1: its pid file names $FILE_PID, which is gone: it died without being stopped"
     fi
@@ -94,6 +100,11 @@ explain_stale() {
 remember() { printf '%s\n%s\n' "$2" "$3" >"$(pid_file "$1")"; }
 
 forget() { rm -f "$(pid_file "$1")" "$(status_file "$1")" "$STATE_DIR/$1.status.new"; }
+
+# forget_ended NAME: unless a successor was started meanwhile.
+forget_ended() {
+    if ! remembered "$1" || [[ $FILE_PID == "${WORKER_PID[$1]}" ]]; then forget "$1"; fi
+}
 
 # Every worker that runs or has a pid file, by tier and number.
 known_workers() {

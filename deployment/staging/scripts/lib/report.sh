@@ -6,9 +6,9 @@ readonly STALE_AFTER_S=15
 
 # read_report NAME: sets R_* from the status file, empty where it is missing or of another process than PID.
 read_report() {
-    local json=''
     R_STATE='' R_ID='' R_IN_FLIGHT='' R_DONE='' R_SLOTS='' R_HEARTBEAT=''
-    { json=$(<"$(status_file "$1")"); } 2>/dev/null || return 0
+    slurp "$(status_file "$1")"
+    local json=$CONTENT
     [[ $json =~ \"pid\":\ ([0-9]+) && ${BASH_REMATCH[1]} == "$2" ]] || return 0
     if [[ $json =~ \"worker\":\ \"([^\"\\]*)\" ]]; then R_ID=${BASH_REMATCH[1]}; fi
     if [[ $json =~ \"state\":\ \"([^\"\\]*)\" ]]; then R_STATE=${BASH_REMATCH[1]}; fi
@@ -42,26 +42,25 @@ describe() {
 }
 
 command_status() {
-    local name running=0 troubled=0 rows='' hints=''
-    local -a names
+    local name running=0 troubled=0
+    local -a names rows=() hints=()
     find_workers
     mapfile -t names < <(known_workers)
     for name in "${names[@]}"; do
         describe "$name"
         if [[ $W_RUNS == true ]]; then running=$((running + 1)); fi
-        if [[ $W_RUNS == false || $W_STALE == true ]]; then troubled=$((troubled + 1)); fi
-        if [[ -n $AS_JSON ]]; then
-            rows+="${rows:+,}$(worker_json "$name")"
-        else
-            rows+="$(worker_row "$name")"$'\n'
-            hints+=$(worker_hint "$name")
+        if [[ $W_RUNS == false || $W_STALE == true ]]; then
+            troubled=$((troubled + 1))
+            hints+=("$(worker_hint "$name")")
         fi
+        if [[ -n $AS_JSON ]]; then rows+=("$(worker_json "$name")"); else rows+=("$(worker_row "$name")"); fi
     done
     if [[ -n $AS_JSON ]]; then
-        printf '{"workers":[%s],"running":%d,"known":%d}\n' "$rows" "$running" "${#names[@]}"
+        local IFS=,
+        printf '{"workers":[%s],"running":%d,"known":%d}\n' "${rows[*]}" "$running" "${#names[@]}"
     elif ((${#names[@]})); then
         printf '%-7s %-10s %8s %10s %9s %8s  %-22s %s\n' TIER NAME PID UPTIME IN-FLIGHT DONE STATE HEARTBEAT
-        printf '%s%s' "$rows" "$hints"
+        printf '%s\n' "${rows[@]}" "${hints[@]}"
         say "$running of ${#names[@]} run"
     else
         say "no worker runs (state directory $STATE_DIR)"
@@ -77,14 +76,13 @@ worker_row() {
         "${R_IN_FLIGHT:--}" "${R_DONE:--}" "$W_STATE" "${age:--}"
 }
 
+# What to do about a worker that does not run, or says nothing.
 worker_hint() {
-    case $W_STATE/$W_STALE in
-        dead/*) printf '%s died without being stopped; its log: manage_workers.sh logs %s; then: start\n' "$1" "$1" ;;
-        stopped/*) printf '%s ended in order, though not by manage_workers.sh; bring it back with: start\n' "$1" ;;
-        */true) printf '%s runs but says nothing: it hangs, or was stopped by a signal; restart %s helps\n' "$1" "$1" ;;
+    case $W_STATE in
+        dead) printf '%s died without being stopped; its log: manage_workers.sh logs %s; then: start' "$1" "$1" ;;
+        stopped) printf '%s ended in order, though not by manage_workers.sh; bring it back with: start' "$1" ;;
+        *) printf '%s runs but says nothing: it hangs, or a signal has stopped it; restart %s helps' "$1" "$1" ;;
     esac
-    # A command substitution takes the last newline away, so one more is put after it.
-    if [[ $W_RUNS == false || $W_STALE == true ]]; then printf '\n.' | head -c 1; fi
 }
 
 worker_json() {

@@ -9,7 +9,7 @@ declare -A LOG_OFFSET=()
 wanted_workers() {
     local tier number
     for tier in "${TIERS[@]}"; do
-        for ((number = 1; number <= COUNT[$tier]; number++)); do
+        for ((number = 1; number <= ${COUNT[$tier]}; number++)); do
             if selected "$tier-$number"; then printf '%s\n' "$tier-$number"; fi
         done
     done
@@ -17,17 +17,24 @@ wanted_workers() {
 
 # A selection that the counts do not cover would silently do nothing.
 require_wanted() {
-    if [[ $SELECTION == *-* ]] && ((${SELECTION#*-} > COUNT[${SELECTION%-*}])); then
-        local variable=WORKER_COUNT_${SELECTION%-*}
-        wrong_usage "${variable^^} is ${COUNT[${SELECTION%-*}]}, so there is no $SELECTION; raise it first"
+    if [[ $SELECTION == *-* ]] && is_surplus "$SELECTION"; then
+        wrong_usage "$(count_of "$SELECTION"), so there is no $SELECTION; raise it first"
     fi
+}
+
+is_surplus() { ((${1#*-} > ${COUNT[${1%-*}]})); }
+
+# count_of NAME: the setting that its tier has, as WORKER_COUNT_HIGH=1.
+count_of() {
+    local tier=${1%-*}
+    printf 'WORKER_COUNT_%s=%s' "${tier^^}" "${COUNT[$tier]}"
 }
 
 # What every worker would find missing is said once, before one is touched.
 check_environment() {
     local output
     find_python
-    if output=$("$PYTHON" "$START_WORKER" --check --state-dir "$STATE_DIR" 2>&1); then
+    if output=$("$PYTHON" "$START_WORKER" --check 2>&1); then
         grep '^warning' <<<"$output" >&2 || true
         return 0
     fi
@@ -68,11 +75,10 @@ keep_in_mind() {
 }
 
 say_surplus() {
-    local name variable
+    local name
     for name in "${!WORKER_PID[@]}"; do
-        if selected "$name" && ((${name#*-} > COUNT[${name%-*}])); then
-            variable=WORKER_COUNT_${name%-*}
-            say "$name runs beyond ${variable^^}=${COUNT[${name%-*}]}; end it with: manage_workers.sh stop $name"
+        if selected "$name" && is_surplus "$name"; then
+            say "$name runs beyond $(count_of "$name"); end it with: manage_workers.sh stop $name"
         fi
     done
 }
@@ -83,18 +89,18 @@ launch() {
     log=$(log_file "$name")
     forget "$name"
     rotate "$log"
-    LOG_OFFSET[$name]=$(size_of "$log")
+    LOG_OFFSET["$name"]=$(size_of "$log")
     # In the background of a script nobody leads a process group, so setsid does not fork: $! is the worker's pid. It
     # is in the worker's name too: two hosts, and a worker and its successor, are never taken for one another.
     (
         trap '' HUP
         exec setsid "$PYTHON" "$START_WORKER" --tier "${name%-*}" --name "$name-${HOSTNAME:-host}-$BASHPID" \
-            --state-dir "$STATE_DIR" --status-file "$(status_file "$name")"
+            --status-file "$(status_file "$name")"
     ) </dev/null >>"$log" 2>&1 9>&- &
     pid=$!
-    WORKER_PID[$name]=$pid
-    WORKER_START[$name]=0
-    if proc_stat "$pid"; then WORKER_START[$name]=$PROC_START; fi
+    WORKER_PID["$name"]=$pid
+    WORKER_START["$name"]=0
+    if proc_stat "$pid"; then WORKER_START["$name"]=$PROC_START; fi
     # Not before it has become the worker: until then its command line is this script's.
     while alive "$pid" "${WORKER_START[$name]}" && ! worker_name "$pid"; do sleep 0.02; done
     remember "$name" "$pid" "${WORKER_START[$name]}"
@@ -184,7 +190,7 @@ command_restart() {
         elif remembered "$name"; then
             explain_stale "$name"
             # Beyond the counts nothing is brought back from the dead.
-            if ((${name#*-} > COUNT[${name%-*}])); then
+            if is_surplus "$name"; then
                 forget "$name"
                 continue
             fi

@@ -78,7 +78,7 @@ await_end() {
                 progress+=", $name$(in_flight "$name")"
             else
                 say "$name stopped (pid ${WORKER_PID[$name]})"
-                forget "$name"
+                forget_ended "$name"
             fi
         done
         pending=("${still[@]}")

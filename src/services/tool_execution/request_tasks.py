@@ -1,0 +1,68 @@
+"""Requests on a session, each in a task of its own, so that one can be taken back while the others go on.
+
+A request that nobody waits for any more is cancelled: the SDK then tells the server in the way of its protocol version
+(`notifications/cancelled`, or closing the stream of a 2026-07-28 HTTP request).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Coroutine
+from typing import Any, Final, TypeVar
+
+from toolfleet.services.tool_execution.exchange import Exchange, use_exchange
+
+_T = TypeVar("_T")
+
+_TELL_S: Final = 2.0
+"""The bound of telling a server that a request is taken back."""
+
+
+class RequestTasks:
+    """The requests that are on their way on one session."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def run(self, request: Coroutine[Any, Any, _T], exchange: Exchange, timeout: float) -> _T:
+        """Run a request; take it back on time-out (seconds) and on cancellation, telling the server.
+
+        Raises:
+            TimeoutError: no answer in time; what the request raises.
+        """
+        context = contextvars.copy_context()
+        context.run(use_exchange, exchange)
+        task = asyncio.create_task(request, name="mcp-request", context=context)
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+        try:
+            await asyncio.wait({task}, timeout=timeout)
+            if task.done():
+                return task.result()
+        except asyncio.CancelledError:
+            await _take_back(task, exchange)
+            raise
+        await _take_back(task, exchange)
+        if task.done() and not task.cancelled():
+            return task.result()  # the answer came while the request was being taken back
+        raise TimeoutError
+
+    async def none(self) -> None:
+        """Wait until no request is on its way."""
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # looked at, so that asyncio does not report what nobody waits for any more
+
+
+async def _take_back(task: asyncio.Task[Any], exchange: Exchange) -> None:
+    task.cancel()
+    try:
+        # A server that does not even take the cancel must not hold the worker's slot.
+        await asyncio.wait({task}, timeout=_TELL_S)
+    finally:
+        exchange.abandon()
