@@ -43,7 +43,7 @@ async def work(nats_url: str, redis_url: str, slots: int) -> None:
         pipeline.set(f"result:{task['id']}", ANSWER, ex=3600)
         pipeline.publish(f"events:{task['id']}", "completed")
         await pipeline.execute()
-        await connection.publish(message.reply, b"+ACK")
+        await message.ack()
         slot.release()
 
     async def take(message: Any) -> None:
@@ -66,12 +66,12 @@ async def submit(nats_url: str, jobs: int, in_flight: int) -> None:
     connection = await nats.connect(nats_url)
     numbers = iter(range(jobs))
 
+    stream = connection.jetstream(timeout=30)
+
     async def publisher() -> None:
         for number in numbers:
             data = json.dumps({"id": number, "argument": "a" * 200}).encode()
-            reply = await connection.request(SUBJECT, data, timeout=30)
-            if b'"error"' in reply.data:
-                raise RuntimeError(reply.data.decode())
+            await stream.publish(SUBJECT, data, headers={"Nats-Msg-Id": str(number)})
 
     await asyncio.gather(*(publisher() for _ in range(in_flight)))
     await connection.close()

@@ -26,7 +26,7 @@ from toolfleet.api.models import (
 from toolfleet.api.openapi import KEY, LOCATION, RETRY_AFTER, answer, problem, problems
 from toolfleet.api.problems import KEY_HEADER, ApiProblem, problem_of
 from toolfleet.api.sse import MEDIA_TYPE as SSE_TYPE
-from toolfleet.api.sse import stream_response
+from toolfleet.api.sse import EventStream
 from toolfleet.api.views import JOBS_PATH, Views, call_results, result_of
 from toolfleet.services.background_jobs.errors import QueueError, QueueUnavailable, StoreError, ToolUnavailable
 from toolfleet.services.background_jobs.job_request import NewJob
@@ -270,7 +270,7 @@ async def stream(api: ApiParts, service: Service, job_id: JobIdPath, start: Afte
         return Response(status_code=204)
     ahead = record is not None and start.after > record.last_event
     events = service.events(job_id, after=0 if ahead else start.after, heartbeat_s=api.settings.sse_heartbeat)
-    return stream_response(events, api.stopping, lost=start.after if ahead else None)
+    return EventStream(events, api.stopping, lost=start.after if ahead else None)
 
 
 # -- control --------------------------------------------------------------------------------------------------

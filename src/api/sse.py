@@ -7,13 +7,15 @@ replacing a method of uvicorn for the whole process, and its pings know nothing 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Final
 
+import anyio
 import structlog
 from fastapi.sse import format_sse_event
 from pydantic_core import to_json
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from toolfleet.api.stopping import Stopping
 from toolfleet.services.background_jobs.errors import ToolfleetError
@@ -32,22 +34,33 @@ HEADERS: Final = {
 _END: Final = object()
 
 
-def stream_response(
-    events: AsyncGenerator[StreamItem, None], stopping: Stopping, *, lost: int | None
-) -> StreamingResponse:
-    """The stream.
+class EventStream(StreamingResponse):
+    """The stream as a response."""
 
-    Args:
-        events: of the job, from where the client left off.
-        stopping: ends the stream when the server stops; the client reconnects elsewhere, or later.
-        lost: the id that a client claims to have, where the log does not reach that far: it is told from the beginning.
-    """
-    return StreamingResponse(_frames(events, stopping, lost), headers=HEADERS, media_type=MEDIA_TYPE)
+    def __init__(self, events: AsyncGenerator[StreamItem, None], stopping: Stopping, *, lost: int | None) -> None:
+        """
+        Args:
+            events: of the job, from where the client left off.
+            stopping: ends the stream when the server stops; the client reconnects elsewhere, or later.
+            lost: the id that a client claims to have, where the log does not reach that far: it is told from its
+                beginning.
+        """
+        self._frames = _frames(events, stopping, lost)
+        super().__init__(self._frames, headers=HEADERS, media_type=MEDIA_TYPE)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Stream until the end, the client's or the server's going."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            # Shielded, since a client that goes cancels all of this, and the subscription has to be ended.
+            with anyio.CancelScope(shield=True):
+                await self._frames.aclose()
 
 
 async def _frames(
     events: AsyncGenerator[StreamItem, None], stopping: Stopping, lost: int | None
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     if lost is not None:
         yield frame(Gap(after=lost, resumes_at=1))
     async with contextlib.aclosing(events):

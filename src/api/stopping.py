@@ -9,6 +9,7 @@ from collections.abc import Coroutine, Iterator
 from types import FrameType
 from typing import Any, Final, TypeVar
 
+import anyio
 import uvicorn
 
 T = TypeVar("T")
@@ -42,7 +43,9 @@ class Stopping:
             stop.cancel()
             if not task.done():
                 task.cancel()
-                await asyncio.wait({task})
+                # The server's own cancel scope would break this waiting off, and `work` would still be running.
+                with anyio.CancelScope(shield=True):
+                    await asyncio.wait({task})
 
     @contextlib.contextmanager
     def on_signals(self) -> Iterator[None]:

@@ -28,6 +28,7 @@ from toolfleet.settings import variable_names
 PAGE_LATENCY_S: Final = 0.2
 """Of the demo site: slow enough for bars that can be seen to move."""
 PAGES_PER_CALL: Final = ARTICLES_PER_SECTION + 1
+BLAME_S: Final = 0.3
 WIDTH: Final = 110
 """Of the tables where stdout is no terminal."""
 
@@ -82,10 +83,14 @@ async def _while_all_live(stack: Stack, work: Coroutine[Any, Any, dict[str, Any]
     job = asyncio.ensure_future(work)
     ends = {asyncio.ensure_future(part.wait()): part for part in stack.parts}
     try:
-        done, _ = await asyncio.wait({job, *ends}, return_when=asyncio.FIRST_COMPLETED)
-        if job in done:
-            return job.result()
-        raise CliError(_last_words(ends[next(end for end in ends if end in done)]))
+        await asyncio.wait({job, *ends}, return_when=asyncio.FIRST_COMPLETED)
+        if job.done() and job.exception() is not None:
+            # What the client saw may be nothing but the end of a part, which is about to be known.
+            await asyncio.wait(ends, timeout=BLAME_S, return_when=asyncio.FIRST_COMPLETED)
+        for end, part in ends.items():
+            if end.done():
+                raise CliError(_last_words(part))
+        return job.result()
     finally:
         for task in (job, *ends):
             task.cancel()

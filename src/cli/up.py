@@ -53,12 +53,15 @@ def up(settings: Settings, data: Path | None, ready_file: Path | None) -> int:
 
 
 async def _up(settings: Settings, folder: Path, ready_file: Path | None) -> int:
-    _check_port(settings.api_host, settings.api_port)
+    if (reason := _why_not(settings.api_host, settings.api_port)) is not None:
+        # Said before anything is started; the API would only find out after its modules are loaded.
+        where = f"port {settings.api_port} on {settings.api_host}"
+        raise CliError(f"{where} can't be used: {reason}; choose another with --port, or stop what listens there")
     with StopSignals() as signals:
         stack = Stack(await _plan(settings, folder), say)
         try:
             await signals.unless_asked(stack.start())
-            async with serve_demo_site(latency_s=SITE_LATENCY_S) as site:
+            async with serve_demo_site(port=_site_port(settings.api_port), latency_s=SITE_LATENCY_S) as site:
                 with _published(ready_file, stack, site):
                     print(_lines_to_try(stack, site), flush=True)
                     await _keep_running(stack, signals)
@@ -95,18 +98,25 @@ def _data_folder(data: Path | None) -> Iterator[Path]:
         yield data.absolute()
 
 
-def _check_port(host: str, port: int) -> None:
-    """Said before anything is started; the API would only find out after its modules are loaded."""
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+def _why_not(host: str, port: int) -> str | None:
+    """Why a port can't be listened on; None where it can."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-        except OSError as error:
-            raise CliError(
-                f"port {port} on {host} can't be used: {error.strerror}; choose another with --port, or stop what "
-                "listens there"
-            ) from error
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def _site_port(api_port: int) -> int:
+    """The one after the API's, so that the lines of the README work; a free one where that is taken."""
+    port = api_port + 1 if 0 < api_port < 65535 else 0
+    if port and _why_not("127.0.0.1", port) is not None:
+        say(f"port {port} is taken; the demo site gets another one")
+        return 0
+    return port
 
 
 async def _plan(settings: Settings, folder: Path) -> StackPlan:

@@ -84,17 +84,19 @@ class Toolbox:
 
 
 @contextlib.asynccontextmanager
-async def running_api(settings: Settings, tools: Toolbox) -> AsyncIterator[httpx.AsyncClient]:
-    """The API, until the context ends; an HTTP client of it."""
+async def running_api(settings: Settings, tools: Toolbox | None) -> AsyncIterator[httpx.AsyncClient]:
+    """The API, until the context ends; an HTTP client of it. Without `tools`, with those of the fleet: none."""
     async with running_server(settings, tools) as (_, client):
         yield client
 
 
 @contextlib.asynccontextmanager
-async def running_server(settings: Settings, tools: Toolbox) -> AsyncIterator[tuple[ApiServer, httpx.AsyncClient]]:
+async def running_server(
+    settings: Settings, tools: Toolbox | None
+) -> AsyncIterator[tuple[ApiServer, httpx.AsyncClient]]:
     """The API's server and a client of it; the test may stop the server."""
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    server = ApiServer(settings, port=0, ready=port.set_result, tools=tools.runner)
+    server = ApiServer(settings, port=0, ready=port.set_result, tools=tools.runner if tools else None)
     running = asyncio.create_task(server.run(), name="api-server")
     await asyncio.wait({running, port}, timeout=BOUND_S, return_when=asyncio.FIRST_COMPLETED)
     if running.done():

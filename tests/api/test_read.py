@@ -80,7 +80,7 @@ async def test_a_failed_job_has_the_results_of_its_other_calls(client: httpx.Asy
     job = await submit(client, call("boom"), call("echo", n=5), max_retries=0)
     view = await ended(client, job["job_id"])
     assert view["status"] == "failed"
-    assert view["error"]["code"] == "server_error"
+    assert view["error"]["code"] == "tool_failed"
     result = (await client.get(job["result_url"])).json()
     assert [(r["tool_name"], r["status"]) for r in result["results"]] == [("boom", "failed"), ("echo", "completed")]
     assert result["results"][1]["structured_content"] == {"n": 5}
@@ -203,7 +203,7 @@ async def test_an_expired_key_makes_a_new_job_that_is_no_longer_gone(
         job_id, root = job["job_id"], root_of(job["job_id"])
         await client.post(job["cancel_url"])
         async with Redis.from_url(redis_url) as redis:
-            await redis.delete(f"{root}:job:{job_id}")
+            await redis.delete(f"{root}:job:{job_id}", f"{root}:log:{job_id}")
             await redis.zadd(f"{root}:expiry", {f"normal:cancelled:{job_id}": 1})
         async with running_worker(api_settings, tools), open_core(api_settings, name="prune") as core:
             problem(await client.get(job["poll_url"]), 410)

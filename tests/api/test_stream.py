@@ -198,7 +198,7 @@ async def test_a_stream_survives_a_restart_of_redis(
     comments: list[str] = []
     events: list[Frame] = []
     async with (
-        running_api(own_settings, tools) as client,
+        running_api(own_settings.model_copy(update={"sse_heartbeat": 0.2}), tools) as client,
         running_worker(own_settings, tools),
     ):
         job = await submit(client, call("hold"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from pathlib import Path
@@ -51,8 +52,10 @@ async def test_what_does_not_answer_is_said_at_once_without_secrets(tmp_path: Pa
 
 async def test_one_server_is_tried_though_the_other_is_not_known(tmp_path: Path) -> None:
     env = {"TOOLFLEET_STATE_DIR": str(tmp_path)}
-    assert parts(await check(env | {"NATS_URL": "nats://127.0.0.1:1"}), "missing") == ["Redis", "NATS"]
-    redis_away = await check(env | {"REDIS_URL": "redis://127.0.0.1:1/0"})
+    nats_away, redis_away = await asyncio.gather(
+        check(env | {"NATS_URL": "nats://127.0.0.1:1"}), check(env | {"REDIS_URL": "redis://127.0.0.1:1/0"})
+    )
+    assert parts(nats_away, "missing") == ["Redis", "NATS"]
     assert parts(redis_away, "missing") == ["NATS", "Redis"]
     assert "can't be used" in redis_away.out
 
@@ -88,7 +91,7 @@ async def test_streams_with_other_settings_are_named(fleet: Fleet, make_settings
     ran = await check(fleet.env(TOOLFLEET_STREAM_MAX_BYTES="2097152"))
     assert ran.code == 1
     assert parts(ran, "missing") == ["streams"]
-    assert f"stream {fleet.settings.stream} exists with other settings: max_bytes is" in ran.out
+    assert f"{fleet.settings.stream} exists with other settings: max_bytes is" in ran.out
 
 
 async def test_an_mcp_program_that_is_not_there_is_a_warning(fleet: Fleet) -> None:

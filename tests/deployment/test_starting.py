@@ -61,13 +61,22 @@ def assert_detached(pid: int, log: Path) -> None:
     assert not [target for target in opened.values() if target.endswith(".lock")]
 
 
-async def test_starts_at_the_same_time_make_one_fleet(fleet: Fleet) -> None:
+async def test_no_worker_is_started_twice(fleet: Fleet) -> None:
+    """Neither by two starts at the same time, nor after its pid file was lost."""
     both = await asyncio.gather(fleet.manage("start"), fleet.manage("start"))
     assert [ran.code for ran in both] == [0, 0]
     said = "".join(ran.out for ran in both)
     assert said.count("normal-1 started") == 1
     assert said.count("normal-1 runs already") == 1
-    assert list(fleet.processes()) == list(fleet.pids().values())
+    pids = fleet.pids()
+    assert list(fleet.processes()) == list(pids.values())
+    (fleet.state_dir / "normal-1.pid").unlink()
+    assert (await fleet.status())[1]["normal-1"]["pid"] == pids["normal-1"]
+    ran = await fleet.manage("start")
+    assert ran.code == 0
+    assert "normal-1: its pid file was lost" in ran.out
+    assert fleet.pids() == pids
+    assert list(fleet.processes()) == list(pids.values())
 
 
 async def test_counts_can_grow_and_a_surplus_is_said(fleet: Fleet) -> None:
@@ -83,16 +92,22 @@ async def test_counts_can_grow_and_a_surplus_is_said(fleet: Fleet) -> None:
     assert fleet.pids() == first
 
 
-async def test_a_pid_file_of_a_dead_worker_is_replaced(fleet: Fleet) -> None:
+async def test_a_dead_worker_is_started_anew_with_a_fresh_log(fleet: Fleet) -> None:
     before = await fleet.started()
+    log = fleet.state_dir / "normal-1.log"
+    for number in (1, 2, 3):
+        Path(f"{log}.{number}").write_text(f"log {number}")
     os.kill(before["normal-1"], signal.SIGKILL)
     await wait_until(lambda: not is_alive(before["normal-1"]), "the worker is dead")
     code, workers = await fleet.status()
     assert (code, workers["normal-1"]["state"], workers["normal-1"]["runs"]) == (3, "dead", False)
-    ran = await fleet.manage("start")
+    last_words = log.read_text()
+    ran = await fleet.manage("start", WORKER_LOG_MAX_BYTES="5")
     assert ran.code == 0
     assert f"normal-1: its pid file names {before['normal-1']}, which is gone" in ran.out
     assert is_alive(fleet.pids()["normal-1"])
+    assert [Path(f"{log}.{number}").read_text() for number in (1, 2, 3)] == [last_words, "log 1", "log 2"]
+    assert str(before["normal-1"]) not in log.read_text()
 
 
 @pytest.mark.parametrize("start_matches", [True, False], ids=["same-start-time", "other-start-time"])
@@ -109,17 +124,6 @@ async def test_a_pid_that_another_program_has_now_is_left_alone(fleet: Fleet, st
             assert fleet.pids() == {}
         finally:
             sleep.kill()
-
-
-async def test_a_lost_pid_file_makes_no_second_worker(fleet: Fleet) -> None:
-    pids = await fleet.started()
-    (fleet.state_dir / "normal-1.pid").unlink()
-    assert (await fleet.status())[1]["normal-1"]["pid"] == pids["normal-1"]
-    ran = await fleet.manage("start")
-    assert ran.code == 0
-    assert "normal-1: its pid file was lost or wrong" in ran.out
-    assert fleet.pids() == pids
-    assert list(fleet.processes()) == list(pids.values())
 
 
 async def test_a_worker_that_dies_at_start_is_shown_with_its_last_words(fleet: Fleet) -> None:
@@ -167,19 +171,9 @@ async def test_a_missing_interpreter_is_said(fleet: Fleet) -> None:
     assert "TOOLFLEET_PYTHON" in ran.err
 
 
-async def test_a_large_log_is_put_aside(fleet: Fleet) -> None:
-    fleet.state_dir.mkdir()
-    for number, name in enumerate(["normal-1.log", "normal-1.log.1", "normal-1.log.2", "normal-1.log.3"]):
-        (fleet.state_dir / name).write_text(f"log {number}\n")
-    await fleet.started(WORKER_LOG_MAX_BYTES="5")
-    assert "log 0" not in (fleet.state_dir / "normal-1.log").read_text()
-    kept = [(fleet.state_dir / f"normal-1.log.{number}").read_text() for number in (1, 2, 3)]
-    assert kept == ["log 0\n", "log 1\n", "log 2\n"]
-
-
 async def test_restart_goes_one_by_one(fleet: Fleet) -> None:
     before = await fleet.started(WORKER_COUNT_NORMAL="2")
-    refused = await fleet.manage("restart", WORKER_COUNT_NORMAL="2", NATS_URL="nats://127.0.0.1:1")
+    refused = await fleet.manage("restart", WORKER_COUNT_NORMAL="2", REDIS_URL="redis://127.0.0.1:1/0")
     assert refused.code == 1
     assert "nothing was restarted" in refused.err
     assert fleet.pids() == before

@@ -47,13 +47,17 @@ async def test_jobs_are_counted_and_drain_waits_for_them(fleet: Fleet, service: 
     row = next(line for line in (await fleet.manage("status")).lines if " normal-1 " in line)
     assert row.split()[4:6] == ["1", "1"]
 
-    short = await fleet.manage("drain", "--timeout", "1")
-    assert short.code == 1
-    assert "normal-1 (1 in flight)" in short.out
-    assert "still runs after 1 s (1 in flight)" in short.err
-    draining = asyncio.create_task(fleet.manage("drain", "normal"))
+    for _ in range(2):  # a second SIGTERM would end the worker at once
+        short = await fleet.manage("drain", "--timeout", "1")
+        assert short.code == 1
+        assert "waiting for normal-1 (1 in flight)" in short.out
+        assert "still runs after 1 s (1 in flight)" in short.err
+    assert (await worker())["state"] == "draining"
+    started = await fleet.manage("start")
+    assert started.code == 1
+    assert "normal-1 still drains" in started.err
     gate.touch()
-    drained = await draining
+    drained = await fleet.manage("drain", "normal")
     assert drained.code == 0
     assert "normal-1 stopped" in drained.out
     record = (await service.get(waits)).record
@@ -78,11 +82,12 @@ async def test_a_worker_that_does_not_end_is_killed_at_the_deadline(fleet: Fleet
     assert fleet.processes() == {}
 
 
-async def test_a_killed_worker_is_shown_as_dead_and_a_silent_one_as_stale(fleet: Fleet) -> None:
-    pids = await fleet.started(WORKER_COUNT_HIGH="1", WORKER_COUNT_LOW="1")
+async def test_status_tells_dead_stopped_and_silent_workers_apart(fleet: Fleet) -> None:
+    pids = await fleet.started(WORKER_COUNT_HIGH="1", WORKER_COUNT_NORMAL="2", WORKER_COUNT_LOW="1")
     os.kill(pids["normal-1"], signal.SIGKILL)
+    os.kill(pids["normal-2"], signal.SIGTERM)
     os.kill(pids["low-1"], signal.SIGSTOP)
-    await wait_until(lambda: not is_alive(pids["normal-1"]), "the worker is dead")
+    await wait_until(lambda: not is_alive(pids["normal-1"]) and not is_alive(pids["normal-2"]), "both have ended")
     said = fleet.state_dir / "low-1.status.json"
     report = json.loads(said.read_text())
     said.write_text(json.dumps(report | {"heartbeat_at": report["heartbeat_at"] - 60_000}))
@@ -91,6 +96,7 @@ async def test_a_killed_worker_is_shown_as_dead_and_a_silent_one_as_stale(fleet:
     assert {name: (worker["state"], worker["stale"]) for name, worker in workers.items()} == {
         "high-1": ("running", False),
         "normal-1": ("dead", False),
+        "normal-2": ("stopped", False),
         "low-1": ("running", True),
     }
     assert workers["low-1"]["heartbeat_age_s"] >= 60
@@ -98,15 +104,8 @@ async def test_a_killed_worker_is_shown_as_dead_and_a_silent_one_as_stale(fleet:
     assert table.code == 1
     assert "(stale)" in next(line for line in table.lines if " low-1 " in line)
     assert "normal-1 died without being stopped" in table.out
-    assert table.lines[-1] == "2 of 3 run"
-
-
-async def test_a_worker_that_ended_by_itself_is_not_called_dead(fleet: Fleet) -> None:
-    pid = (await fleet.started())["normal-1"]
-    os.kill(pid, signal.SIGTERM)
-    await wait_until(lambda: not is_alive(pid), "the worker has ended")
-    code, workers = await fleet.status()
-    assert (code, workers["normal-1"]["state"]) == (3, "stopped")
+    assert "normal-2 ended in order" in table.out
+    assert table.lines[-1] == "2 of 4 run"
 
 
 async def test_logs_of_one_and_of_all(fleet: Fleet) -> None:

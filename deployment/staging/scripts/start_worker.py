@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         findings = asyncio.run(worker_checks.check_environment())
         print("\n".join(finding.line() for finding in findings))
         return 1 if worker_checks.is_missing(findings) else 0
-    return asyncio.run(worker_process.run(options.tier, options.name, options.status_file))
+    return worker_process.run(options.tier, options.name, options.status_file)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from pydantic import ValidationError
 from pydantic_settings import SettingsError
 from worker_checks import Finding, check_settings, check_surroundings, is_missing, make_streams
 
-from toolfleet.bootstrap import open_worker
-from toolfleet.services.background_jobs.errors import ToolfleetError
+from toolfleet.cli.exits import CliError
+from toolfleet.cli.processes import run_worker
+from toolfleet.services.background_jobs.errors import StreamMismatch
 from toolfleet.services.background_jobs.task_models import Tier
 from toolfleet.services.discovery.models import DiscoveryError
 from toolfleet.services.telemetry.logs import configure_logging
@@ -20,7 +22,7 @@ from toolfleet.settings import Settings
 log = structlog.get_logger("toolfleet.start_worker")
 
 
-async def run(tier: str, name: str | None, status_file: Path | None) -> int:
+def run(tier: str, name: str | None, status_file: Path | None) -> int:
     """Check, then work until told to stop.
 
     Returns:
@@ -33,19 +35,19 @@ async def run(tier: str, name: str | None, status_file: Path | None) -> int:
         print("\n".join(finding.line() for finding in check_settings()), file=sys.stderr)
         return 1
     configure_logging(settings)
-    findings = await check_surroundings(settings, writes=False)
     try:
-        if not is_missing(findings):
-            findings += await make_streams(settings)
+        findings = asyncio.run(_look(settings))
         _tell(findings)
-        if is_missing(findings):
-            return 1
-        async with open_worker(settings, Tier(tier), status_file=status_file) as worker:
-            return await worker.run()
-    except (ToolfleetError, DiscoveryError) as error:
+        return 1 if is_missing(findings) else run_worker(settings, Tier(tier), status_file)
+    except (CliError, DiscoveryError, StreamMismatch) as error:
         # What was there a moment ago is gone, or is not what it must be.
         log.error("worker.not_started", error=str(error))
         return 1
+
+
+async def _look(settings: Settings) -> list[Finding]:
+    findings = await check_surroundings(settings, writes=False)
+    return findings if is_missing(findings) else [*findings, *await make_streams(settings)]
 
 
 def _tell(findings: list[Finding]) -> None:

@@ -2,7 +2,7 @@
 
 Whoever has a command waits for its own answer; commands that arrive while a pipeline is in flight go out together in
 the next one. There is no timer, so an idle store answers as fast as without grouping. Measured on 2 cores: one
-pipeline a job gives 3,900 jobs/s, shared pipelines 5,500 to 6,400 (docs of the design, section Speed).
+pipeline a job gives 3,900 jobs/s in a bare loop, shared pipelines 5,500 to 6,400.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-Command = tuple[Any, ...]
+from toolfleet.services.background_jobs.redis_link import Command
+
 Execute = Callable[[Sequence[Command]], Awaitable[Sequence[Any]]]
 """Sends commands as one pipeline; one answer each, an exception as a value where one command failed."""
 

@@ -139,7 +139,7 @@ def _children(value: Any) -> Any:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    level = [value]
+    level: list[Any] = [[value]]
     while level:
         children = [child for item in level for child in _children(item)]
         yield from (child for child in children if not isinstance(child, (dict, list)))

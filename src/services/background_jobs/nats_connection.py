@@ -38,6 +38,9 @@ class NatsConnection:
         self._listeners: list[Callable[[], Awaitable[None]]] = []
         self._closing = False
         self._up = asyncio.Event()
+        self._inbox: str | None = None
+        self._requests = 0
+        self._replies: dict[str, asyncio.Future[Msg]] = {}
         self.reconnects = 0
         self.last_error = "not connected yet"
 
@@ -124,9 +127,7 @@ class NatsConnection:
         if not self.connected:
             raise QueueUnavailable(f"NATS is not connected ({self.last_error}); check NATS_URL and the server")
         try:
-            return await self._client.request(subject, payload, timeout=timeout, headers=headers)
-        except nats.errors.NoRespondersError as error:
-            raise QueueUnavailable(f"nobody answers on {subject}: JetStream is off or the stream is gone") from error
+            reply = await self._exchange(subject, payload, timeout, headers)
         except nats.errors.OutboundBufferLimitError as error:
             raise QueueUnavailable("NATS is reconnecting and the send buffer is full") from error
         except nats.errors.MaxPayloadError as error:
@@ -134,6 +135,32 @@ class NatsConnection:
         except (nats.errors.Error, OSError, TimeoutError) as error:
             reason = str(error) or type(error).__name__
             raise QueueUnavailable(f"NATS gave no answer in {timeout} s: {reason}", maybe_stored=True) from error
+        if reply.headers and reply.headers.get("Status") == "503":
+            raise QueueUnavailable(f"nobody answers on {subject}: JetStream is off or the stream is gone")
+        return reply
+
+    async def _exchange(self, subject: str, payload: bytes, timeout: float, headers: dict[str, str] | None) -> Msg:
+        """As `Client.request`, without a random name, a wrapped future and a lambda a request: a third of its cost."""
+        loop = asyncio.get_running_loop()
+        if self._inbox is None:
+            self._inbox = self._client.new_inbox()
+            await self._client.subscribe(f"{self._inbox}.*", cb=self._on_reply)
+        self._requests += 1
+        key = str(self._requests)
+        future: asyncio.Future[Msg] = loop.create_future()
+        self._replies[key] = future
+        bound = loop.call_later(timeout, _give_up, future)
+        try:
+            await self._client.publish(subject, payload, reply=f"{self._inbox}.{key}", headers=headers)
+            return await future
+        finally:
+            bound.cancel()
+            del self._replies[key]
+
+    async def _on_reply(self, message: Msg) -> None:
+        future = self._replies.get(message.subject.rpartition(".")[2])
+        if future is not None and not future.done():
+            future.set_result(message)
 
     async def publish(self, subject: str, payload: bytes, reply: str = "") -> None:
         """Send without waiting; kept by the client while it reconnects. Failing is harmless: redelivery covers it."""
@@ -154,3 +181,8 @@ class NatsConnection:
                 await self._client.flush(timeout=2)
         with contextlib.suppress(nats.errors.Error, OSError, asyncio.CancelledError):
             await self._client.close()
+
+
+def _give_up(future: asyncio.Future[Msg]) -> None:
+    if not future.done():
+        future.set_exception(TimeoutError())

@@ -15,17 +15,14 @@ from importlib import resources
 from typing import Any
 
 import redis.asyncio as redis
-from hiredis import pack_command
 from redis import exceptions as redis_errors
-from redis.asyncio.connection import AbstractConnection
 
 from toolfleet.services.background_jobs.errors import StoreError, StoreUnavailable
-from toolfleet.services.background_jobs.group_writer import Command, GroupWriter
+from toolfleet.services.background_jobs.group_writer import GroupWriter
+from toolfleet.services.background_jobs.redis_link import CONNECTION_ERRORS, Command, RedisLink
 
 _UNAVAILABLE = ("LOADING", "READONLY", "MASTERDOWN", "OOM", "MISCONF", "NOREPLICAS", "CLUSTERDOWN", "TRYAGAIN", "BUSY")
 """Error codes that say 'not now' and not 'wrong': the same command may succeed later or elsewhere."""
-
-_CONNECTION_ERRORS = (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError, TimeoutError)
 
 
 @cache
@@ -44,6 +41,7 @@ class RedisFunctions:
     def __init__(self, client: redis.Redis, timeout_s: float) -> None:
         self._client = client
         self._timeout = timeout_s
+        self._link = RedisLink(client, timeout_s)
         self._writer = GroupWriter(self._pipeline)
         self._text, self._prefix = library()
 
@@ -74,7 +72,7 @@ class RedisFunctions:
         except redis_errors.ResponseError as error:
             if "already exists" not in str(error):
                 raise as_store_error(error, "FUNCTION LOAD") from error
-        except _CONNECTION_ERRORS as error:
+        except CONNECTION_ERRORS as error:
             raise as_store_error(error, "FUNCTION LOAD") from error
 
     async def read(self, *command: Any) -> Any:
@@ -86,48 +84,18 @@ class RedisFunctions:
 
     async def read_all(self, commands: Sequence[Command]) -> list[Any]:
         """Several plain commands in one round trip. Raises as `call`."""
-        answers = await self._pipeline(commands)
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise as_store_error(answer, str(commands[0][0])) from answer
-        return list(answers)
+        return list(await asyncio.gather(*(self.read(*command) for command in commands)))
 
     async def _pipeline(self, commands: Sequence[Command]) -> Sequence[Any]:
-        # Straight on a connection: redis-py's Pipeline packs each command in Python and parses each answer twice, which
-        # took a sixth of a worker's time; hiredis packs in C. Answers come as Redis sent them, maps as flat lists.
-        packed = b"".join([pack_command(command) for command in commands])
-        pool = self._client.connection_pool
         try:
-            # redis-py's own socket_timeout bounds each read, not the whole: it was seen to take 15.7 s with 1 s set.
-            async with asyncio.timeout(self._timeout):
-                connection = await pool.get_connection()
-                try:
-                    return await _exchange(connection, packed, len(commands))
-                finally:
-                    await pool.release(connection)
-        except _CONNECTION_ERRORS as error:
+            return await self._link.exchange(commands)
+        except CONNECTION_ERRORS as error:
             raise as_store_error(error, "a pipeline") from error
 
     async def close(self) -> None:
-        """Wait for what was accepted."""
+        """Wait for what was accepted, and give the connection up."""
         await self._writer.close()
-
-
-async def _exchange(connection: AbstractConnection, packed: bytes, count: int) -> list[Any]:
-    """Send commands and read an answer for each; an error that Redis answers is an answer."""
-    answers: list[Any] = []
-    try:
-        await connection.send_packed_command(packed, check_health=False)
-        for _ in range(count):
-            try:
-                answers.append(await connection.read_response())
-            except redis_errors.ResponseError as error:
-                answers.append(error)
-    finally:
-        if len(answers) < count:
-            # What is still to come would be read as the answers of the next one.
-            await connection.disconnect(nowait=True)
-    return answers
+        await self._link.close()
 
 
 def as_store_error(error: BaseException, what: str) -> StoreError:

@@ -48,10 +48,10 @@ worker_name() {
     return 1
 }
 
-# remembered NAME: sets FILE_PID and FILE_START from the pid file; fails where there is none.
+# remembered NAME: sets FILE_PID, FILE_START and FILE_TOLD from the pid file; fails where there is none.
 remembered() {
-    FILE_PID='' FILE_START=''
-    { read -r -d '' FILE_PID FILE_START <"$(pid_file "$1")" || true; } 2>/dev/null
+    FILE_PID='' FILE_START='' FILE_TOLD=''
+    { read -r -d '' FILE_PID FILE_START FILE_TOLD <"$(pid_file "$1")" || true; } 2>/dev/null
     [[ $FILE_PID =~ ^[0-9]+$ ]]
 }
 
@@ -97,7 +97,8 @@ explain_stale() {
     fi
 }
 
-remember() { printf '%s\n%s\n' "$2" "$3" >"$(pid_file "$1")"; }
+# remember NAME PID START [TOLD]: the pid file, a line each; TOLD is `draining` once it was told to end.
+remember() { printf '%s\n' "${@:2}" >"$(pid_file "$1")"; }
 
 forget() { rm -f "$(pid_file "$1")" "$(status_file "$1")" "$STATE_DIR/$1.status.new"; }
 
@@ -121,6 +122,13 @@ known_workers() {
             if [[ ${name%-*} == "$tier" ]]; then printf '%s\n' "$name"; fi
         done | sort -t- -k2n
     done
+}
+
+# drains NAME: whether this worker was told to end, by this script or by somebody else.
+drains() {
+    if remembered "$1" && [[ $FILE_PID == "${WORKER_PID[$1]}" && $FILE_TOLD == draining ]]; then return 0; fi
+    read_report "$1" "${WORKER_PID[$1]}"
+    [[ $R_STATE == draining ]]
 }
 
 # signal NAME SIGNAL: to this very process, or to nobody.

@@ -37,6 +37,8 @@ describe() {
         R_IN_FLIGHT=''
     else
         W_STATE=${R_STATE:-starting}
+        # It says so itself with its next heartbeat.
+        if drains "$1"; then W_STATE=draining; fi
         if ((${W_AGE:-$W_UPTIME} > STALE_AFTER_S)); then W_STALE=true; fi
     fi
 }

@@ -43,7 +43,7 @@ check_environment() {
 }
 
 command_start() {
-    local name
+    local name held=0
     local -a wanted missing=()
     require_wanted
     take_lock
@@ -51,7 +51,12 @@ command_start() {
     mapfile -t wanted < <(wanted_workers)
     for name in "${wanted[@]}"; do
         if runs "$name"; then
-            say "$name runs already (pid ${WORKER_PID[$name]})"
+            if drains "$name"; then
+                warn "$name still drains (pid ${WORKER_PID[$name]}); start again when it has ended"
+                held=1
+            else
+                say "$name runs already (pid ${WORKER_PID[$name]})"
+            fi
             keep_in_mind "$name"
         else
             if remembered "$name"; then explain_stale "$name"; fi
@@ -59,10 +64,11 @@ command_start() {
         fi
     done
     say_surplus
-    if ((${#missing[@]} == 0)); then return 0; fi
+    if ((${#missing[@]} == 0)); then return "$held"; fi
     check_environment || die "nothing was started: the environment lacks what is said above"
     for name in "${missing[@]}"; do launch "$name"; done
     await_ready "${missing[@]}" || say_what_runs_and_fail
+    return "$held"
 }
 
 # A worker whose pid file was lost gets a new one.
@@ -70,7 +76,7 @@ keep_in_mind() {
     if remembered "$1" && [[ $FILE_PID == "${WORKER_PID[$1]}" && $FILE_START == "${WORKER_START[$1]}" ]]; then
         return 0
     fi
-    say "$1: its pid file was lost or wrong; it is written again"
+    say "$1: its pid file was lost; it is written again"
     remember "$1" "${WORKER_PID[$1]}" "${WORKER_START[$1]}"
 }
 

@@ -47,7 +47,7 @@ end_workers() {
     local -a pending
     shift 2
     trap 'warn "interrupted; the workers go on draining: see status"; exit 130' INT
-    for name in "$@"; do signal "$name" TERM || failed=1; done
+    for name in "$@"; do tell_to_end "$name" || failed=1; done
     pending=("$@")
     await_end "$mode" "$timeout"
     if [[ $mode == kill ]]; then
@@ -63,6 +63,13 @@ end_workers() {
     done
     trap - INT
     return "$failed"
+}
+
+# A second SIGTERM would end a worker at once, with its jobs left to their leases.
+tell_to_end() {
+    if drains "$1"; then return 0; fi
+    signal "$1" TERM || return 1
+    remember "$1" "${WORKER_PID[$1]}" "${WORKER_START[$1]}" draining
 }
 
 # await_end MODE TIMEOUT: takes from `pending` of the caller whoever has ended, until none is left or the time is up.
