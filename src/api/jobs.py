@@ -25,8 +25,8 @@ from toolfleet.api.models import (
 )
 from toolfleet.api.openapi import KEY, LOCATION, RETRY_AFTER, answer, problem, problems
 from toolfleet.api.problems import KEY_HEADER, ApiProblem, problem_of
+from toolfleet.api.sse import EVENT_SCHEMA, EventStream
 from toolfleet.api.sse import MEDIA_TYPE as SSE_TYPE
-from toolfleet.api.sse import EventStream
 from toolfleet.api.views import JOBS_PATH, Views, call_results, result_of
 from toolfleet.services.background_jobs.errors import QueueError, QueueUnavailable, StoreError, ToolUnavailable
 from toolfleet.services.background_jobs.job_request import NewJob
@@ -245,7 +245,7 @@ async def result(api: ApiParts, service: Service, job_id: JobIdPath) -> Response
             "is away. The stream ends after the terminal event.",
             content={
                 SSE_TYPE: {
-                    "schema": {"type": "string"},
+                    "schema": EVENT_SCHEMA,
                     "example": "event: tool.completed\n"
                     'data: {"job_id":"job_01JZ0G9V6M4Q2R8T3W5X7Y9ZAB","attempt":1,"at":"2030-01-01T12:00:00.000Z",'
                     '"tool_call_id":"call_1","tool_name":"web_crawl","duration_ms":812}\nid: 7\n\n',

@@ -7,8 +7,8 @@ replacing a method of uvicorn for the whole process, and its pings know nothing 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator
-from typing import Final
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any, Final
 
 import anyio
 import structlog
@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from toolfleet.api.stopping import Stopping
 from toolfleet.services.background_jobs.errors import ToolfleetError
 from toolfleet.services.background_jobs.event_reader import Pulse, StreamItem
-from toolfleet.services.background_jobs.task_models import Gap, JobEvent
+from toolfleet.services.background_jobs.task_models import EventType, Gap, JobEvent
 
 log = structlog.get_logger(__name__)
 
@@ -30,6 +30,18 @@ HEADERS: Final = {
     # nginx would gather events until its buffer is full.
     "X-Accel-Buffering": "no",
 }
+
+EVENT_SCHEMA: Final[Mapping[str, Any]] = {
+    "type": "object",
+    "description": "One event of the stream.",
+    "properties": {
+        "id": {"type": "string", "pattern": "^[0-9]{1,15}$"},
+        "event": {"type": "string", "enum": [*(kind.value for kind in EventType), "gap"]},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+    "required": ["event", "data"],
+}
+"""Of an event as OpenAPI describes it; comments are none."""
 
 _END: Final = object()
 

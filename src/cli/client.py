@@ -23,6 +23,7 @@ STREAM_SILENCE_S: Final = 40.0
 _RECONNECT_S: Final = (0.1, 0.3, 1.0, 2.0, 5.0)
 """Waits before a broken stream is opened again; the last one repeats."""
 
+NOT_THE_API: Final = "what answers there is not the jobs API"
 _PATH: Final = "/api/v1"
 
 
@@ -151,7 +152,7 @@ class JobsClient:
         async with self._http.stream("GET", url, headers=headers, timeout=timeout) as response:
             if response.status_code != httpx.codes.OK:
                 await response.aread()
-                raise _refused(response)
+                raise self._refused(response)
             decoder = SseDecoder()
             async for line in response.aiter_lines():
                 if (event := decoder.feed(line)) is not None:
@@ -175,14 +176,26 @@ class JobsClient:
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
         if response.is_error:
-            raise _refused(response)
+            raise self._refused(response)
         try:
             answer = response.json()
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
-            raise ApiUnreachable(self.url, "what answers there is not the jobs API")
+            raise ApiUnreachable(self.url, NOT_THE_API)
         return response.status_code, answer
+
+    def _refused(self, response: httpx.Response) -> CliError:
+        try:
+            document = response.json()
+        except ValueError:
+            document = None
+        if isinstance(document, dict):
+            return ApiRefused(response.status_code, document)
+        # A gateway says that something is down in a page of its own; a page that is not there is another program's.
+        if response.is_server_error:
+            return ApiRefused(response.status_code, {"detail": f"the way to the API failed: {response.status_code}"})
+        return ApiUnreachable(self.url, NOT_THE_API)
 
     def _unreachable(self, error: Exception) -> ApiUnreachable:
         return error if isinstance(error, ApiUnreachable) else ApiUnreachable(self.url, _reason(error))
@@ -192,16 +205,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, httpx.TimeoutException):
         return "no answer in time"
     return str(error) or type(error).__name__
-
-
-def _refused(response: httpx.Response) -> ApiRefused:
-    try:
-        document = response.json()
-    except ValueError:
-        document = None
-    if not isinstance(document, dict):
-        document = {"status": response.status_code, "title": response.reason_phrase}
-    return ApiRefused(response.status_code, document)
 
 
 def _code_of(status: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -19,8 +20,9 @@ def out() -> Console:
 
 
 def say(text: str) -> None:
-    """A line for the person, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """A line for the person, on stderr. A terminal that is gone must not keep anything from being stopped."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def print_json(document: Any, *, line: bool = False) -> None:

@@ -27,8 +27,7 @@ class StopSignals:
     def __enter__(self) -> Self:
         loop = asyncio.get_running_loop()
         for number in _NUMBERS:
-            # `nohup toolfleet up &` means it. (SIGINT is ignored as well in what a script starts with `&`, and there nobody
-            # has asked for that.)
+            # `nohup toolfleet up &` means it. Of SIGINT it says nothing: scripts start all with `&` that way.
             if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 loop.add_signal_handler(number, self._heard, number)
                 self._taken.append(number)

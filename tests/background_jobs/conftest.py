@@ -22,6 +22,7 @@ SMALL: dict[str, object] = {
     "dlq_max_bytes": 1 << 24,
     "retry_delays": (0.01,),
     "retry_jitter": 0.0,
+    "drain_timeout": 4.0,
     # A test that needs the reconciler calls it.
     "recovery_check_interval": 3600.0,
 }

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from redis import Redis
 
 from tests.background_jobs.dumping import check_job, dump, log_of, record_of, results_of
-from tests.background_jobs.making import ERROR, LEASE_MS, ending, make_task, result, told
+from tests.background_jobs.making import ERROR, LEASE_MS, ending, make_task, result
 from toolfleet.bootstrap import redis_client
 from toolfleet.services.background_jobs.ports import CancelAnswer, Changes, Granted, Lease, NotNow, Orphan, Over
 from toolfleet.services.background_jobs.redis_records import partition_of, root_of
@@ -52,12 +52,16 @@ class Protocol(RuleBasedStateMachine):
         self.redis.flushall()
         self.client = redis_client(self.settings_, self.url)
         self.store = RedisStateManager(self.client, timeout_s=5, log_max=1000, result_ttl_s=86400, max_starts=3)
+        self.tokens = 0
+        self.another_job()
+
+    def another_job(self) -> None:
         self.task = make_task(len(CALLS), timeout_ms=10**9)
         self.attempts: list[Attempt] = []
         self.ended: dict[int, str] = {}
         self.stored: dict[int, dict[str, str]] = {}
         self.started: set[str] = set()
-        self.tokens = 0
+        self.status: Status | None = None
 
     def teardown(self) -> None:
         self.loop.run(self.client.aclose())
@@ -71,6 +75,7 @@ class Protocol(RuleBasedStateMachine):
         before = self.state()
         answer = self.loop.run(_await(call))
         self.check_move(before, self.state())
+        self.status = self.state()[0]
         standing = dump(self.redis, without_leases=True)
         again = self.loop.run(_await(call))
         assert dump(self.redis, without_leases=True) == standing, "the repetition changed something"
@@ -103,10 +108,17 @@ class Protocol(RuleBasedStateMachine):
 
     # -- clients -------------------------------------------------------------------------------------------------
 
+    @precondition(lambda self: self.status is Status.COMPLETED)
+    @rule()
+    def next_job(self) -> None:
+        """Nothing more can happen to this one."""
+        self.another_job()
+
     @rule()
     def enqueue(self) -> None:
         self.do(lambda: self.store.enqueue(self.task), same=lambda a, b: a[0] == b[0] and not b[1])
 
+    @precondition(lambda self: self.status in (None, Status.RUNNING) or len(self.attempts) > 3)
     @rule(with_task=st.booleans())
     def cancel(self, with_task: bool) -> None:
         def same(first: CancelAnswer, second: CancelAnswer) -> bool:
@@ -118,6 +130,7 @@ class Protocol(RuleBasedStateMachine):
         if was is None and not with_task:
             assert answer.found == "absent"
 
+    @precondition(lambda self: self.status not in (Status.QUEUED, Status.RUNNING))
     @rule()
     def reopen(self) -> None:
         was, generation = self.state()
@@ -135,6 +148,7 @@ class Protocol(RuleBasedStateMachine):
     def failed_before(self, generation: int) -> set[str]:
         return {call for call, payload in self.stored.get(generation, {}).items() if payload[0] == "f"}
 
+    @precondition(lambda self: self.status is Status.UNKNOWN or len(self.attempts) == 1)
     @rule(call=st.sampled_from(CALLS), decision=st.sampled_from(["rerun", "completed", "failed"]))
     def resolve(self, call: str, decision: Any) -> None:
         was, generation = self.state()
@@ -169,15 +183,18 @@ class Protocol(RuleBasedStateMachine):
 
     # -- workers -------------------------------------------------------------------------------------------------
 
-    @rule(worker=st.sampled_from(["w1", "w2"]), old=st.booleans())
-    def claim(self, worker: str, old: bool) -> None:
+    @rule(worker=st.sampled_from(["w1", "w2"]), old=st.sampled_from([False, False, True]), crashed=st.booleans())
+    def claim(self, worker: str, old: bool, crashed: bool) -> None:
+        if crashed:
+            self.lease_runs_out()
         self.tokens += 1
         token = f"token{self.tokens}"
         task = self.task.model_copy(update={"generation": self.task.generation - 1}) if old else self.task
         if task.generation == 0:
             return
-        was = self.state()[0]
-        cancel_requested = "cancel" in record_of(self.redis, self.task.job_id)
+        was, record = self.state()[0], record_of(self.redis, self.task.job_id)
+        held = was is Status.RUNNING and record["lease_until"] != "1"
+        waits = was is Status.QUEUED and int(record["not_before"]) > 0 and "cancel" not in record
         answer = self.do(
             lambda: self.store.claim(task, token=token, worker=worker, lease_ms=LEASE_MS, published_at=None),
             same=lambda a, b: a == b or (isinstance(a, NotNow) and isinstance(b, NotNow)),
@@ -188,8 +205,12 @@ class Protocol(RuleBasedStateMachine):
             return
         if was is not None and was.terminal:
             assert answer == Over(was)
-        if cancel_requested and was is Status.RUNNING:
-            assert not isinstance(answer, Granted)
+        if held:
+            assert isinstance(answer, NotNow)
+        elif "cancel" in record and was is not Status.CANCELLED:
+            assert answer == Over("cancelled")
+        elif waits and isinstance(answer, NotNow):
+            assert answer.delay_ms <= LEASE_MS
         if isinstance(answer, Granted):
             self.granted(answer, token)
 
@@ -205,17 +226,17 @@ class Protocol(RuleBasedStateMachine):
         self.attempts.append(Attempt(Lease(self.task.job_id, answer.fence), token, self.task.generation))
 
     @precondition(lambda self: self.attempts)
-    @rule(data=st.data(), call=st.sampled_from(ONCE))
-    def mark_start(self, data: st.DataObject, call: str) -> None:
+    @rule(data=st.data(), call=st.sampled_from(ONCE), times=st.integers(1, 2))
+    def mark_start(self, data: st.DataObject, call: str, times: int) -> None:
         attempt = self.pick(data)
+        for name in ONCE if times == 2 else (call,):
+            self.mark_one(attempt, name)
+
+    def mark_one(self, attempt: Attempt, call: str) -> None:
         if call in results_of(self.redis, self.task.job_id) or (call in self.started and call not in attempt.sent):
             return  # an attempt is told of both by its claim, and leaves them alone
-        current = self.is_current(attempt)
         tool_call = next(c for c in self.task.tools if c.tool_call_id == call)
-        answer = self.guarded(attempt, lambda: self.store.mark_start(attempt.lease, tool_call, LEASE_MS))
-        if current:
-            assert answer in ("ok", "cancel", "lost")
-        if answer == "ok":
+        if self.guarded(attempt, lambda: self.store.mark_start(attempt.lease, tool_call, LEASE_MS)) == "ok":
             self.started.add(call)
             attempt.sent.add(call)
 
@@ -230,13 +251,23 @@ class Protocol(RuleBasedStateMachine):
             self.started.discard(call)
 
     @precondition(lambda self: self.attempts)
-    @rule(data=st.data(), results=st.dictionaries(st.sampled_from(CALLS), st.sampled_from(["completed", "failed"])))
-    def progress(self, data: st.DataObject, results: dict[str, Any]) -> None:
+    @rule(
+        data=st.data(),
+        results=st.dictionaries(st.sampled_from(CALLS), st.sampled_from(["completed", "failed"])),
+        lost_answer=st.booleans(),
+    )
+    def progress(self, data: st.DataObject, results: dict[str, Any], lost_answer: bool) -> None:
         attempt = self.pick(data)
         changes = self.changes(attempt, results)
         attempt.wseq += 1
         wseq = attempt.wseq
         self.guarded(attempt, lambda: self.store.progress(attempt.lease, changes, wseq))
+        if lost_answer and self.is_current(attempt):
+            # What was not heard to be stored is told again, in other words, with the next write.
+            again = Changes(results=tuple(r.model_copy(update={"duration_ms": 1}) for r in changes.results))
+            attempt.wseq += 1
+            wseq = attempt.wseq
+            self.guarded(attempt, lambda: self.store.progress(attempt.lease, again, wseq))
 
     def changes(self, attempt: Attempt, results: dict[str, Any]) -> Changes:
         """What an attempt can tell: results of calls that it ran, which no earlier attempt has told."""
@@ -267,17 +298,24 @@ class Protocol(RuleBasedStateMachine):
     def retry(self, data: st.DataObject, delay: int) -> None:
         attempt = self.pick(data)
         changes = self.changes(attempt, {"c3": "failed"})
-        self.guarded(attempt, lambda: self.store.retry(attempt.lease, delay, ERROR, changes))
+        self.leaves(attempt, lambda: self.store.retry(attempt.lease, delay, ERROR, changes))
 
     @precondition(lambda self: self.attempts)
     @rule(data=st.data())
     def hand_back(self, data: st.DataObject) -> None:
         attempt = self.pick(data)
         current, before = self.is_current(attempt), record_of(self.redis, self.task.job_id)
-        self.guarded(attempt, lambda: self.store.hand_back(attempt.lease, Changes()))
+        self.leaves(attempt, lambda: self.store.hand_back(attempt.lease, Changes()))
         after = record_of(self.redis, self.task.job_id)
         if current and after["status"] == "queued":
             assert int(after["starts"]) == int(before["starts"]) - 1, "handing back counts no start"
+
+    def leaves(self, attempt: Attempt, call: Callable[[], Awaitable[Any]]) -> None:
+        current = self.is_current(attempt)
+        cancelled = "cancel" in record_of(self.redis, self.task.job_id)
+        answer = self.guarded(attempt, call)
+        if current:
+            assert answer == ("cancelled" if cancelled else "ok"), "a cancel request wins"
 
     @precondition(lambda self: self.attempts)
     @rule(data=st.data(), status=st.sampled_from(["completed", "failed", "cancelled", "unknown"]))
@@ -296,8 +334,9 @@ class Protocol(RuleBasedStateMachine):
         self.guarded(attempt, lambda: self.store.finish(attempt.lease, end, changes), settles=status)
 
     def pick(self, data: st.DataObject) -> Attempt:
-        # The newest is the likeliest: most of the older ones have lost their fence.
-        index = data.draw(st.integers(0, min(2, len(self.attempts) - 1)), label="attempts ago")
+        # The newest is the likeliest: the older ones have lost their fence.
+        ago = data.draw(st.sampled_from([0, 0, 0, 1, 2]), label="attempts ago")
+        index = min(ago, len(self.attempts) - 1)
         return self.attempts[-1 - index]
 
     def guarded(self, attempt: Attempt, call: Callable[[], Awaitable[Any]], *, settles: Status | None = None) -> Any:
@@ -327,8 +366,8 @@ class Protocol(RuleBasedStateMachine):
         if self.state()[0] is Status.QUEUED:
             self.redis.hset(f"{root_of(self.task.job_id)}:job:{self.task.job_id}", "not_before", 0)
 
-    @rule()
-    def reconcile(self) -> None:
+    @rule(meanwhile=st.booleans())
+    def reconcile(self, meanwhile: bool) -> None:
         root = root_of(self.task.job_id)
         if self.redis.zscore(f"{root}:due", self.task.job_id) is not None:
             self.redis.zadd(f"{root}:due", {self.task.job_id: 1})
@@ -336,10 +375,15 @@ class Protocol(RuleBasedStateMachine):
         for orphan in self.loop.run(self.store.orphans(partition, 10)):
             assert orphan.task is not None
             assert orphan.task.generation == self.state()[1]
-            self.do(
+            if meanwhile:
+                self.claim("w3", False, True)
+            record = record_of(self.redis, self.task.job_id)
+            moved = record["fence"] != str(orphan.fence) or record["status"] != orphan.status
+            verdict = self.do(
                 lambda orphan=orphan: self.store.reclaim(orphan),  # type: ignore[misc]
                 same=lambda a, b: b == ("changed" if a != "publish" or orphan.status is Status.RUNNING else a),
             )
+            assert not moved or verdict == "changed"
 
     # -- at every moment -----------------------------------------------------------------------------------------
 
@@ -383,5 +427,5 @@ def test_every_order_of_writes_keeps_the_promises(settings: Settings, redis_url:
 
 
 PROFILE = settings(
-    max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
+    max_examples=60, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
 )

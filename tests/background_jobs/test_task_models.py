@@ -78,7 +78,9 @@ def test_a_field_added_within_a_version_does_not_matter() -> None:
 
 
 @pytest.mark.promise("G11")
-@given(st.binary(max_size=200) | st.text(max_size=50).map(str.encode) | json_values.map(lambda v: json.dumps(v).encode()))
+@given(
+    st.binary(max_size=200) | st.text(max_size=50).map(str.encode) | json_values.map(lambda v: json.dumps(v).encode())
+)
 def test_anything_else_is_malformed_and_says_so(data: bytes) -> None:
     with pytest.raises((MalformedTask, NewerTask)):
         TaskDefinition.from_json(data)
@@ -124,7 +126,9 @@ def test_fresh_ids_are_valid_and_different() -> None:
     assert all(is_job_id(each) for each in ids)
 
 
-@pytest.mark.parametrize("text", ["", "job_", "job_8" + "0" * 25, "job_" + "U" * 26, "JOB_" + "0" * 26, "job_" + "0" * 27])
+@pytest.mark.parametrize(
+    "text", ["", "job_", "job_8" + "0" * 25, "job_" + "U" * 26, "JOB_" + "0" * 26, "job_" + "0" * 27]
+)
 def test_what_is_no_id_is_told_from_one(text: str) -> None:
     assert not is_job_id(text)
 

@@ -65,7 +65,8 @@ class AttemptLog:
         self._events: list[NewEvent] = []
         self._results: list[ToolResult] = []
         self._progress: dict[str, _CallProgress] = {}
-        self._current: str | None = None
+        self._running: dict[str, str] = {}
+        """Tool names of the calls that are being run, the one that was heard of last at the end."""
         self._message: str | None = None
         self._wseq = 0
         self._writing = asyncio.Lock()
@@ -81,7 +82,7 @@ class AttemptLog:
     def started(self, call: ToolCall) -> None:
         """A call is about to be sent."""
         self._started.add(call.tool_call_id)
-        self._current = call.tool_name
+        self._heard_of(call)
         self._events.append(
             NewEvent(EventType.TOOL_STARTED, {"tool_call_id": call.tool_call_id, "tool_name": call.tool_name})
         )
@@ -99,7 +100,8 @@ class AttemptLog:
         self._progress[call.tool_call_id] = _CallProgress(done, total, text, earlier.dropped + 1 if earlier else 0)
         if total:
             self._fractions[call.tool_call_id] = min(1.0, max(0.0, done / total))
-        self._current, self._message = call.tool_name, text or self._message
+        self._heard_of(call)
+        self._message = text or self._message
         self._schedule(self._interval)
 
     def ended(self, call: ToolCall, outcome: CallOutcome, duration_ms: int, *, flush: bool) -> None:
@@ -107,6 +109,7 @@ class AttemptLog:
         if self._closed:
             return
         self._tell_progress(call.tool_call_id)
+        self._running.pop(call.tool_call_id, None)
         data: dict[str, object] = {
             "tool_call_id": call.tool_call_id,
             "tool_name": call.tool_name,
@@ -127,6 +130,10 @@ class AttemptLog:
         self._events.append(NewEvent(kind, data))
         if flush:
             self._schedule(0)
+
+    def _heard_of(self, call: ToolCall) -> None:
+        self._running.pop(call.tool_call_id, None)
+        self._running[call.tool_call_id] = call.tool_name
 
     def _tell_progress(self, tool_call_id: str) -> None:
         state = self._progress.pop(tool_call_id, None)
@@ -186,11 +193,12 @@ class AttemptLog:
     def _gather(self) -> Changes:
         for tool_call_id in list(self._progress):
             self._tell_progress(tool_call_id)
+        current = next(reversed(self._running.values()), None)
         changes = Changes(
             results=tuple(self._results),
             events=tuple(self._events),
-            current_tool=self._current,
-            stage=f"running {self._current}" if self._current else None,
+            current_tool=current,
+            stage=f"running {current}" if current else None,
             percent=100 * sum(self._fractions.values()) / len(self._task.tools),
             message=self._message,
         )
