@@ -29,7 +29,13 @@ from toolfleet.services.background_jobs.durability import (
     store_durability,
     tell_durability,
 )
-from toolfleet.services.background_jobs.errors import QueueError, StoreError, StoreUnavailable, StreamMismatch
+from toolfleet.services.background_jobs.errors import (
+    QueueError,
+    QueueUnavailable,
+    StoreError,
+    StoreUnavailable,
+    StreamMismatch,
+)
 from toolfleet.services.background_jobs.job_service import JobService, Limits
 from toolfleet.services.background_jobs.nats_connection import NatsConnection
 from toolfleet.services.background_jobs.nats_streams import StreamNames
@@ -71,6 +77,8 @@ class QueueState:
     ready: bool = False
     problem: str | None = "not checked yet"
     mismatch: StreamMismatch | None = None
+    refused: QueueError | None = None
+    """JetStream's refusal to make the streams, for instance for want of storage; it is asked again."""
     failed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set where a person has to decide: the streams are not what they must be."""
 
@@ -130,6 +138,7 @@ async def open_core(settings: Settings, *, name: str, prepare: bool = True) -> A
     Raises:
         DiscoveryError: it is not known where they are.
         StreamMismatch: the streams are there and are not what they must be.
+        QueueError: JetStream refused to make them.
     """
     async with contextlib.AsyncExitStack() as stack:
         registry = build_registry(settings)
@@ -154,8 +163,8 @@ async def open_core(settings: Settings, *, name: str, prepare: bool = True) -> A
         if prepare:
             if connected:
                 await prepare_queue(core)
-                if core.queue_state.mismatch is not None:
-                    raise core.queue_state.mismatch
+                if failure := core.queue_state.mismatch or core.queue_state.refused:
+                    raise failure
             # A server that comes up later, or comes back, may be another one: it is checked again.
             connection.on_reconnect(lambda: prepare_queue(core))
         yield core
@@ -202,10 +211,12 @@ async def prepare_queue(core: Core) -> None:
         log.error("queue.mismatch", error=str(error))
         state.failed.set()
     except QueueError as error:
+        if state.problem != str(error):
+            log.warning("queue.not_ready", error=str(error))
         state.ready, state.problem = False, str(error)
-        log.warning("queue.not_ready", error=str(error))
+        state.refused = None if isinstance(error, QueueUnavailable) else error
     else:
-        state.ready, state.problem, state.mismatch = True, None, None
+        state.ready, state.problem, state.mismatch, state.refused = True, None, None, None
 
 
 async def durability(core: Core) -> list[Durability]:
@@ -366,6 +377,7 @@ async def open_worker(
             drain_timeout_s=settings.drain_timeout,
             version=package_version(),
             status_file=status_file,
+            queue_ready=lambda: core.queue_state.ready,
         )
         watch = asyncio.create_task(_stop_on_mismatch(core.queue_state, worker), name="queue-watch")
         try:

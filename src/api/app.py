@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
 
-from toolfleet.api import fleet, health, jobs, openapi, problems
+from toolfleet.api import control, fleet, health, jobs, openapi, problems, submit
 from toolfleet.api.dependencies import Api
 from toolfleet.api.limits import BodyLimit
 from toolfleet.api.stopping import Stopping
@@ -59,12 +59,13 @@ def create_app(settings: Settings | None = None, wired: Wired | None = None) -> 
         description=_DESCRIPTION,
         version=package_version(),
         openapi_tags=openapi.TAGS,
+        servers=[{"url": settings.public_url}] if settings.public_url else None,
         lifespan=lifespan,
         # Ids have no slash at their end: a redirect would turn a mistake into a second request.
         redirect_slashes=False,
     )
     app.state.api = api
-    routers = (jobs.router, fleet.router, health.router)
+    routers = (submit.router, jobs.router, control.router, fleet.router, health.router)
     for router in routers:
         app.include_router(router)
     problems.install(app, [route for router in routers for route in router.routes])

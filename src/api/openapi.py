@@ -93,6 +93,7 @@ def _described(app: FastAPI) -> dict[str, Any]:
         description=app.description,
         routes=app.routes,
         tags=app.openapi_tags,
+        servers=app.servers,
     )
     wanted = [
         *((model, "validation") for model in _INPUT_MODELS),

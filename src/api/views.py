@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from fastapi import Response
+from pydantic import BaseModel
+
 from toolfleet.api.models import CallResult, Event, Job, JobResult, JobStatus, JobSummary, Progress
-from toolfleet.services.background_jobs.job_service import JobView, Submission
+from toolfleet.services.background_jobs.job_service import JobService, JobView, Submission
 from toolfleet.services.background_jobs.task_models import (
     JobEvent,
     JobRecord,
@@ -132,6 +135,16 @@ class Views:
             "metadata": task.metadata,
             "degraded": view.degraded,
         }
+
+
+async def whole_job(views: Views, service: JobService, view: JobView) -> Job:
+    """A job as it is known at this moment, with the last entries of its log."""
+    return views.job(view, await service.recent_events(view.record) if view.record is not None else ())
+
+
+def json_answer(model: BaseModel, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A model as an answer whose status is chosen by what happened."""
+    return Response(model.model_dump_json(), status, headers, "application/json")
 
 
 def event_of(event: JobEvent) -> Event:

@@ -13,7 +13,7 @@ import uvloop
 
 from toolfleet.bootstrap import open_worker
 from toolfleet.cli.exits import FAILED, OK, CliError
-from toolfleet.services.background_jobs.errors import StreamMismatch
+from toolfleet.services.background_jobs.errors import QueueError
 from toolfleet.services.background_jobs.task_models import Tier
 from toolfleet.services.discovery.models import DiscoveryError
 from toolfleet.services.telemetry.gc_tuning import settle
@@ -68,7 +68,7 @@ def run_worker(settings: Settings, tier: Tier, status_file: Path | None) -> int:
 def _start_errors() -> Iterator[None]:
     try:
         yield
-    except (DiscoveryError, StreamMismatch) as error:
+    except (DiscoveryError, QueueError) as error:
         raise CliError(str(error), FAILED) from error
 
 

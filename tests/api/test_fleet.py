@@ -105,8 +105,7 @@ async def test_a_dead_letter_stream_that_is_80_percent_full_is_warned_of(
     async def warned() -> bool:
         return any("dead letter" in text for text in (await client.get(f"{JOBS}/stats")).json()["warnings"])
 
-    # Base64 makes 4/3 of it: each of these is a bit above 45 % of the 1 MiB.
-    part = b"x" * (api_settings.dlq_max_bytes * 34 // 100)
+    part = b"x" * (api_settings.dlq_max_bytes * 42 // 100)
     async with open_core(api_settings, name="test") as core:
         await core.queue.dead_letter(_letter(part, 1, new_job_id()))
         assert not await warned()

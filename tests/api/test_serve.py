@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import signal
@@ -18,9 +19,11 @@ import pytest
 from tests.api.harness import BOUND_S, Toolbox, call, frames, running_server
 from tests.support.waiting import wait_until
 from toolfleet.api.serve import ApiServer, bound, serve
-from toolfleet.bootstrap import open_service
+from toolfleet.bootstrap import open_core, open_service
 from toolfleet.services.background_jobs.errors import StreamMismatch
 from toolfleet.services.background_jobs.job_request import NewCall, NewJob
+from toolfleet.services.background_jobs.nats_streams import task_stream
+from toolfleet.services.embedded.nats_server import EmbeddedNats
 from toolfleet.settings import Settings
 
 _SERVE = """
@@ -121,6 +124,22 @@ async def test_other_stream_settings_stop_the_start(api_settings: Settings, tool
     changed = api_settings.model_copy(update={"stream_max_bytes": 2 << 20})
     with pytest.raises(StreamMismatch, match="max_bytes"):
         await ApiServer(changed, port=0, tools=tools.runner).run()
+
+
+async def test_a_stream_that_is_replaced_by_another_kind_ends_the_api(
+    own_settings: Settings, own_nats: EmbeddedNats, tools: Toolbox
+) -> None:
+    with pytest.raises(StreamMismatch, match="max_bytes"):
+        async with running_server(own_settings, tools), open_core(own_settings, name="test") as core:
+            name = own_settings.stream
+            deleted = await core.connection.request(f"$JS.API.STREAM.DELETE.{name}", b"", 2)
+            assert json.loads(deleted.data)["success"]
+            other = task_stream(core.queue.names, 2 << 20)
+            made = await core.connection.request(f"$JS.API.STREAM.CREATE.{name}", json.dumps(other).encode(), 2)
+            assert "error" not in json.loads(made.data)
+            # The API looks again when it has its connection back.
+            await own_nats.restart()
+            await wait_until(core.queue_state.failed.is_set, "the mismatch is noticed", timeout=BOUND_S)
 
 
 async def test_a_call_that_runs_is_waited_for(api_settings: Settings, tools: Toolbox) -> None:

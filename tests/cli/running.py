@@ -78,6 +78,11 @@ class Marked:
             text=True,
         )
 
+    @property
+    def text(self) -> str:
+        """Its output, as far as it has been read."""
+        return "".join(self._lines)
+
     def read_until(self, text: str) -> None:
         """Read its output up to a line with this text."""
         assert self.popen.stdout is not None
@@ -85,12 +90,12 @@ class Marked:
             self._lines.append(line)
             if text in line:
                 return
-        raise AssertionError(f"it ended without {text!r}: {''.join(self._lines)}")
+        raise AssertionError(f"it ended without {text!r}: {self.text}")
 
     def end(self) -> Ended:
         """Wait for its end; all of its output, stderr included, is `out`."""
         rest, _ = self.popen.communicate(timeout=TIMEOUT)
-        return Ended(self.popen.returncode, "".join(self._lines) + (rest or ""), "")
+        return Ended(self.popen.returncode, self.text + (rest or ""), "")
 
     def family(self, *, containing: str = "") -> dict[int, str]:
         """The processes that it started and that live, itself included: pid to command line."""

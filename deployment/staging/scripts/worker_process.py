@@ -13,7 +13,7 @@ from worker_checks import Finding, check_settings, check_surroundings, is_missin
 
 from toolfleet.cli.exits import CliError
 from toolfleet.cli.processes import run_worker
-from toolfleet.services.background_jobs.errors import StreamMismatch
+from toolfleet.services.background_jobs.errors import QueueError
 from toolfleet.services.background_jobs.task_models import Tier
 from toolfleet.services.discovery.models import DiscoveryError
 from toolfleet.services.telemetry.logs import configure_logging
@@ -39,7 +39,7 @@ def run(tier: str, name: str | None, status_file: Path | None) -> int:
         findings = asyncio.run(_look(settings))
         _tell(findings)
         return 1 if is_missing(findings) else run_worker(settings, Tier(tier), status_file)
-    except (CliError, DiscoveryError, StreamMismatch) as error:
+    except (CliError, DiscoveryError, QueueError) as error:
         # What was there a moment ago is gone, or is not what it must be.
         log.error("worker.not_started", error=str(error))
         return 1

@@ -29,6 +29,9 @@ SILENCE_S: Final = 2.5
 EXPIRES_S: Final = 30.0
 """JetStream needs an expiry above twice the heartbeat; at its end it says 408 and the pull is made anew."""
 CHECK_S: Final = 0.5
+REFUSED_PAUSES_S: Final = (0.5, 0.5, 1.0, 2.0, 5.0)
+"""After refusals in a row; the last one repeats. Asked again at once, a server that refuses would be asked as fast as
+it answers."""
 
 
 class NatsDelivery:
@@ -99,6 +102,7 @@ class PullFeed:
         self._wake = asyncio.Event()
         self._renew = False
         self._gone = False
+        self._refusals = 0
         self._refused = False
         self._running = False
         self.pulls = 0
@@ -123,9 +127,8 @@ class PullFeed:
                     pass
                 self._wake.clear()
                 if self._refused:
-                    # Asked again at once, a server that refuses would be asked as fast as it answers.
                     self._refused = False
-                    await asyncio.sleep(CHECK_S)
+                    await asyncio.sleep(REFUSED_PAUSES_S[min(self._refusals, len(REFUSED_PAUSES_S)) - 1])
                 if self._gone:
                     self._gone = False
                     await self._make_consumer()
@@ -188,6 +191,7 @@ class PullFeed:
     async def _on_message(self, message: Msg) -> None:
         self._heard = asyncio.get_running_loop().time()
         if message.reply and message.subject[: len(self._inbox)] != self._inbox:
+            self._refusals = 0
             self._outstanding -= 1
             self._deliver(NatsDelivery(self._connection, message))
             if self._outstanding <= 0:
@@ -196,6 +200,7 @@ class PullFeed:
         headers = message.headers or {}
         status = headers.get("Status", "")
         if status == "100":
+            self._refusals = 0
             return
         # This ends one pull, and says how many of its messages were not delivered. A refused one says nothing: then it
         # is as many as were asked for, which stand in its reply subject; the other pulls go on.
@@ -206,5 +211,7 @@ class PullFeed:
             self._gone = True
         if status not in ("404", "408"):
             self._refused = True
-            log.info("pull.ended", status=status, description=description)
+            self._refusals += 1
+            if self._refusals == 1:
+                log.info("pull.refused", status=status, description=description.strip())
         self._wake.set()

@@ -38,6 +38,9 @@ class Feed(Protocol):
         """Pull until cancelled."""
 
 
+ONE_SIGNAL_S: Final = 0.2
+"""Signals closer than this are one: a process group and its leader are often both signalled, by `timeout` for one."""
+
 FeedFactory = Callable[[Callable[[], int], Callable[[Delivery], None]], Feed]
 """Makes the feed from ``credits`` and ``deliver``."""
 
@@ -62,11 +65,13 @@ class TaskWorker:
         drain_timeout_s: float,
         version: str,
         status_file: Path | None = None,
+        queue_ready: Callable[[], bool] = lambda: True,
     ) -> None:
         self.worker_id = worker_id
         self._tier = tier
         self._slots = slots
         self._queue = queue
+        self._queue_ready = queue_ready
         self._executor = executor
         self._keeper = keeper
         self._gate = gate
@@ -77,7 +82,7 @@ class TaskWorker:
         self._started_at = int(time.time() * 1000)
         self._done = 0
         self._state = "starting"
-        self._signals = 0
+        self._asked_at: float | None = None
         self._stop = asyncio.Event()
         self._force = asyncio.Event()
         self._feed = make_feed(self._credits, self._take)
@@ -149,10 +154,11 @@ class TaskWorker:
 
     def stop(self) -> None:
         """The first call drains, a second one ends at once."""
-        self._signals += 1
-        if self._signals == 1:
+        now = time.monotonic()
+        if self._asked_at is None:
+            self._asked_at = now
             log.info("worker.draining", in_flight=len(self._jobs), seconds=self._drain_timeout)
-        else:
+        elif now - self._asked_at > ONE_SIGNAL_S:
             log.warning("worker.forced", in_flight=len(self._jobs))
             self._force.set()
         self._stop.set()
@@ -195,6 +201,8 @@ class TaskWorker:
             state = "waiting for Redis"
         elif state == "running" and not self._queue.connected:
             state = "waiting for NATS"
+        elif state == "running" and not self._queue_ready():
+            state = "waiting for the streams"
         info = WorkerInfo(
             worker_id=self.worker_id,
             tier=self._tier,

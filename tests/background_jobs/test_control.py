@@ -1,0 +1,342 @@
+"""What clients do with jobs: submit twice, cancel, watch, wait, retry, resolve."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import pytest
+from redis import Redis
+
+from tests.background_jobs.dumping import dump
+from tests.background_jobs.harness import Fleet, job, open_fleet, running_worker
+from tests.conftest import SettingsFactory
+from tests.support.waiting import wait_until
+from toolfleet.services.background_jobs.errors import (
+    IdempotencyConflict,
+    IllegalMove,
+    InvalidArguments,
+    JobNotFound,
+    QueueFull,
+    UnknownTool,
+)
+from toolfleet.services.background_jobs.event_reader import StreamItem
+from toolfleet.services.background_jobs.redis_records import root_of
+from toolfleet.services.background_jobs.submit import submit_tool_execution_task
+from toolfleet.services.background_jobs.task_models import Gap, JobEvent, Status
+from toolfleet.settings import Settings
+
+# -- submit ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.promise("G6")
+async def test_one_key_is_one_job_however_often_and_from_wherever(settings: Settings) -> None:
+    async with open_fleet(settings) as fleet, open_fleet(settings, workers=0) as other:
+        services = [fleet.service, other.service]
+        submissions = await asyncio.gather(
+            *(services[n % 2].submit(job("echo"), idempotency_key="k") for n in range(50))
+        )
+        assert len({s.job_id for s in submissions}) == 1
+        assert sum(s.created for s in submissions) == 1
+        await fleet.over(submissions[0].job_id)
+        late = await other.service.submit(job("echo"), idempotency_key="k")
+        assert (late.job_id, late.created) == (submissions[0].job_id, False)
+        assert fleet.bench.started == ["c1:1"]
+        with pytest.raises(IdempotencyConflict):
+            await fleet.service.submit(job("hold"), idempotency_key="k")
+        assert (await fleet.service.submit(job("hold"), idempotency_key="k", tenant="other")).created
+        fleet.bench.gate.set()
+        await fleet.queue_is_empty()
+    async with open_fleet(settings, workers=0) as restarted:
+        again = await restarted.service.submit(job("echo"), idempotency_key="k")
+        assert (again.job_id, again.created) == (late.job_id, False)
+        with pytest.raises(IdempotencyConflict):
+            await restarted.service.submit(job("hold"), idempotency_key="k")
+
+
+@pytest.mark.promise("G11")
+async def test_bad_input_is_refused_before_anything_is_queued(settings: Settings, redis: Redis) -> None:
+    async with open_fleet(settings, workers=0) as fleet:
+        standing = dump(redis)
+        with pytest.raises(UnknownTool) as caught:
+            await fleet.submit("ecco")
+        assert "echo" in caught.value.details["nearest"]
+        for spec, _ in fleet.bench.runner()._tools.values():
+            assert spec.input_schema == {}
+        assert dump(redis) == standing
+        assert (await fleet.core.queue.stats()).messages == 0
+
+
+@pytest.mark.promise("G11")
+async def test_arguments_that_do_not_fit_are_refused_with_the_call(settings: Settings) -> None:
+    async with open_fleet(settings, workers=0) as fleet:
+
+        def refuse(*_: Any) -> None:
+            raise InvalidArguments("url is missing")
+
+        fleet.service._check_arguments = refuse
+        with pytest.raises(InvalidArguments) as caught:
+            await fleet.submit("echo")
+        assert caught.value.details["tool_call_id"] == "c1"
+        assert (await fleet.core.queue.stats()).messages == 0
+
+
+@pytest.mark.promise("G11")
+async def test_a_full_queue_is_told_from_a_job_that_is_there(
+    make_settings: SettingsFactory, nats_url: str, redis_url: str
+) -> None:
+    settings = make_settings(nats_url=nats_url, redis_url=redis_url, stream_max_bytes=1 << 20)
+    async with open_fleet(settings, workers=0) as fleet:
+        big = {"metadata": {"x": "y" * 500_000}}
+        ids = [await fleet.submit("echo", **big)]
+        kept = await fleet.service.submit(job("echo", **big), idempotency_key="k")
+        with pytest.raises(QueueFull):
+            await fleet.submit("echo", **big)
+        assert not (await fleet.service.submit(job("echo", **big), idempotency_key="k")).created
+        async with running_worker(settings, fleet.bench):
+            for job_id in (*ids, kept.job_id):
+                assert (await fleet.over(job_id)).status is Status.COMPLETED
+
+
+async def test_the_short_way_gives_the_id_of_a_job(settings: Settings) -> None:
+    async with open_fleet(settings) as fleet:
+        tools = [{"tool_name": "echo", "tool_args": {"x": 1}}]
+        first = await submit_tool_execution_task({"tools": tools, "metadata": {"a": 1}}, service=fleet.service)
+        second = await submit_tool_execution_task(tools, "normal", 0, service=fleet.service)
+        assert [(await fleet.over(each)).status for each in (first, second)] == [Status.COMPLETED] * 2
+        assert (await fleet.record(first)).task.metadata == {"a": 1}
+        assert (await fleet.record(second)).task.max_retries == 0
+
+
+# -- cancel ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_queued_job_is_cancelled_and_its_message_goes(settings: Settings) -> None:
+    async with open_fleet(settings, workers=0) as fleet:
+        job_id = await fleet.submit("echo")
+        receipt = await fleet.service.cancel(job_id)
+        assert (receipt.outcome, receipt.reached) == ("cancelled", "queued")
+        assert (await fleet.core.queue.stats()).messages == 0
+        assert (await fleet.service.cancel(job_id)).outcome == "already_cancelled"
+        with pytest.raises(JobNotFound):
+            await fleet.service.cancel("job_01JZ0G9V6M4Q2R8T3W5X7Y9ZAB")
+        with pytest.raises(JobNotFound):
+            await fleet.service.cancel(job_id, tenant="other")
+
+
+async def test_a_job_whose_record_is_not_there_yet_is_cancelled_by_its_message(settings: Settings) -> None:
+    async with open_fleet(settings, workers=0) as fleet:
+        task = fleet.service._task(job("echo"), "job_01JZ0G9V6M4Q2R8T3W5X7Y9ZAB", "default")
+        await fleet.core.queue.publish(task)
+        assert (await fleet.service.cancel(task.job_id)).outcome == "cancelled"
+        assert (await fleet.record(task.job_id)).status is Status.CANCELLED
+        assert (await fleet.core.queue.stats()).messages == 0
+
+
+@pytest.mark.promise("G8")
+@pytest.mark.parametrize("tool", ["hold", "once_hold"])
+async def test_cancelling_a_running_job_stops_its_tool_and_frees_the_slot(
+    make_settings: SettingsFactory, nats_url: str, redis_url: str, tool: str
+) -> None:
+    settings = make_settings(nats_url=nats_url, redis_url=redis_url, concurrency=1)
+    async with open_fleet(settings) as fleet:
+        job_id = await fleet.submit(tool)
+        await fleet.began("c1:1")
+        receipt = await fleet.service.cancel(job_id)
+        assert (receipt.outcome, receipt.reached, receipt.still_running) == ("cancelled", "tool", ())
+        assert fleet.bench.stopped == ["c1"]
+        kinds = await fleet.kinds(job_id)
+        assert kinds.count("job.cancelling") == 2, "requested, and heard by the worker"
+        assert kinds[-1] == "job.cancelled"
+        assert (await fleet.over(await fleet.submit("echo"))).status is Status.COMPLETED
+        assert (await fleet.service.cancel(job_id)).outcome == "already_cancelled"
+        await fleet.queue_is_empty()
+
+
+@pytest.mark.promise("G8")
+async def test_a_cancel_that_pubsub_drops_comes_with_the_renewal(
+    make_settings: SettingsFactory, nats_url: str, redis_url: str
+) -> None:
+    settings = make_settings(nats_url=nats_url, redis_url=redis_url, lease=0.9, ack_wait=5)
+    async with open_fleet(settings) as fleet:
+        fleet.workers[0]._keeper.cancel = lambda _: None  # type: ignore[method-assign]
+        job_id = await fleet.submit("hold")
+        await fleet.began("c1:1")
+        # By the store alone: nothing is published that the worker could hear.
+        await fleet.core.client.hset(_record_key(job_id), "cancel", '{"status":"cancelled"}')
+        record = await fleet.over(job_id)
+        assert (record.status, fleet.bench.stopped) == (Status.CANCELLED, ["c1"])
+
+
+@pytest.mark.promise("G8")
+async def test_a_tool_that_does_not_stop_is_reported_as_running(settings: Settings) -> None:
+    async with open_fleet(settings) as fleet:
+        job_id = await fleet.submit("stubborn")
+        await fleet.began("c1:1")
+        receipt = await fleet.service.cancel(job_id)
+        assert (receipt.outcome, receipt.reached) == ("cancelling", "worker")
+        await fleet.over(job_id)
+        told = (await fleet.log(job_id))[-1]
+        assert (told.data["still_running"], told.data["tool_stopped"]) == (["c1"], "not_confirmed")
+        fleet.bench.gate.set()
+
+
+async def test_a_job_that_ended_otherwise_can_not_be_cancelled(settings: Settings) -> None:
+    async with open_fleet(settings) as fleet:
+        job_id = await fleet.submit("echo")
+        await fleet.over(job_id)
+        receipt = await fleet.service.cancel(job_id)
+        assert (receipt.outcome, receipt.status) == ("ended", Status.COMPLETED)
+
+
+# -- retry and resolve -----------------------------------------------------------------------------------------------
+
+
+async def test_a_failed_job_is_retried_with_what_it_has(settings: Settings) -> None:
+    async with open_fleet(settings) as fleet:
+        job_id = await fleet.submit("echo", ("fail", {"how": "rejected", "times": 1}))
+        assert (await fleet.over(job_id)).status is Status.FAILED
+        view = await fleet.service.retry(job_id)
+        assert view.record is not None
+        record = await fleet.over(job_id)
+        assert (record.status, record.generation, record.error) == (Status.COMPLETED, 2, None)
+        assert sorted(fleet.bench.started) == ["c1:1", "c2:1", "c2:2"]
+        with pytest.raises(IllegalMove):
+            await fleet.service.retry(job_id)
+        await fleet.queue_is_empty()
+
+
+@pytest.mark.promise("G5")
+async def test_a_persons_word_decides_each_call_once(settings: Settings) -> None:
+    async with open_fleet(settings) as fleet:
+        job_id = await fleet.submit(("once_fail", {"how": "lost"}), ("once_fail", {"how": "lost"}))
+        assert (await fleet.over(job_id)).undecided == ("c1", "c2")
+        with pytest.raises(IllegalMove):
+            await fleet.service.retry(job_id)
+        with pytest.raises(JobNotFound):
+            await fleet.service.resolve(job_id, "c9", "failed")
+        view = await fleet.service.resolve(job_id, "c1", "completed", result={"sent": True}, note="seen")
+        assert view.record is not None
+        assert (view.record.status, view.record.undecided) == (Status.UNKNOWN, ("c2",))
+        with pytest.raises(IllegalMove, match="decided already"):
+            await fleet.service.resolve(job_id, "c1", "failed")
+        view = await fleet.service.resolve(job_id, "c2", "failed", note="it bounced")
+        assert view.record is not None
+        assert (view.record.status, view.record.completed_calls, view.record.failed_calls) == (Status.FAILED, 1, 1)
+        results = await fleet.service.results(view.record)
+        assert results["c1"].structured_content == {"sent": True}
+        assert len(fleet.bench.started) == 2
+
+
+# -- watch -----------------------------------------------------------------------------------------------------------
+
+
+async def collect(items: AsyncGenerator[StreamItem, None]) -> list[StreamItem]:
+    found = []
+    async with asyncio.timeout(15):
+        async for item in items:
+            found.append(item)
+    return found
+
+
+def ids_of(items: list[StreamItem]) -> list[int]:
+    return [item.id for item in items if isinstance(item, JobEvent)]
+
+
+@pytest.mark.promise("G7")
+async def test_readers_see_the_rest_of_the_log_from_wherever_they_were(settings: Settings) -> None:
+    async with open_fleet(settings) as fleet:
+        job_id = await fleet.submit("hold")
+        live = asyncio.create_task(collect(fleet.service.events(job_id, heartbeat_s=60)))
+        await fleet.began("c1:1")
+        fleet.bench.gate.set()
+        everything = ids_of(await live)
+        assert everything == list(range(1, len(await fleet.log(job_id)) + 1))
+        for after in range(len(everything) + 1):
+            assert ids_of(await collect(fleet.service.events(job_id, after=after))) == everything[after:]
+
+
+@pytest.mark.promise("G7")
+async def test_the_last_event_is_seen_although_its_push_was_lost(settings: Settings, redis: Redis) -> None:
+    async with open_fleet(settings, workers=2) as fleet:
+        for _ in range(3):
+            job_id = await fleet.submit("hold")
+            reader = asyncio.create_task(collect(fleet.service.events(job_id, heartbeat_s=60)))
+            await wait_until(lambda: f"c1:1" in fleet.bench.started, "the call has begun")
+            await _subscribed(fleet, redis, job_id)
+            # Between the death of the connection and its next life everything is published that there is.
+            redis.client_kill_filter(_type="pubsub")
+            fleet.bench.gate.set()
+            assert ids_of(await reader) == list(range(1, len(await fleet.log(job_id)) + 1))
+            fleet.bench.gate.clear()
+            fleet.bench.started.clear()
+
+
+async def _subscribed(fleet: Fleet, redis: Redis, job_id: str) -> None:
+    key = _record_key(job_id).replace(":job:", ":ev:")
+    await wait_until(lambda: dict(redis.pubsub_numsub(key)).get(key), "the reader has subscribed")
+
+
+@pytest.mark.promise("G7")
+async def test_what_was_trimmed_from_the_log_is_told(
+    make_settings: SettingsFactory, nats_url: str, redis_url: str
+) -> None:
+    settings = make_settings(nats_url=nats_url, redis_url=redis_url, event_log_max=50, max_calls_per_job=100)
+    async with open_fleet(settings) as fleet:
+        ids = [await fleet.submit(("fail", {"how": "lost"}), max_retries=20, timeout_seconds=60) for _ in range(1)]
+        record = await fleet.over(ids[0])
+        assert record.last_event > 60
+        items = await collect(fleet.service.events(ids[0], after=3))
+        assert isinstance(items[0], Gap)
+        assert items[0].after == 3
+        assert ids_of(items) == list(range(items[0].resumes_at, record.last_event + 1))
+
+
+async def test_an_id_from_nowhere_does_not_hide_the_end(settings: Settings) -> None:
+    async with open_fleet(settings) as fleet:
+        job_id = await fleet.submit("hold")
+        await fleet.began("c1:1")
+        reader = asyncio.create_task(collect(fleet.service.events(job_id, after=10_000)))
+        fleet.bench.gate.set()
+        assert (await fleet.over(job_id)).status is Status.COMPLETED
+        last = (await reader)[-1]
+        assert isinstance(last, JobEvent)
+        assert last.ends_stream
+
+
+async def test_a_stream_is_of_the_generation_it_was_opened_on(settings: Settings) -> None:
+    async with open_fleet(settings) as fleet:
+        job_id = await fleet.submit(("fail", {"how": "rejected", "times": 1}))
+        await fleet.over(job_id)
+        await fleet.service.retry(job_id)
+        items = [i for i in await collect(fleet.service.events(job_id)) if isinstance(i, JobEvent)]
+        ends = [(item.type.value, item.generation) for item in items if item.ends_stream]
+        assert ends == [("job.failed", 1), ("job.completed", 2)]
+
+
+async def test_waiting_ends_with_a_change(settings: Settings) -> None:
+    async with open_fleet(settings, workers=0) as fleet:
+        job_id = await fleet.submit("echo")
+        waiting = asyncio.create_task(fleet.service.wait(job_id, 60))
+        async with running_worker(settings, fleet.bench), asyncio.timeout(10):
+            view = await waiting
+            assert view.record is not None
+            assert view.record.last_event > 1
+            await fleet.over(job_id)
+        assert (await fleet.service.wait(job_id, 60)).record == await fleet.record(job_id)
+
+
+async def test_jobs_of_others_are_not_there(settings: Settings) -> None:
+    async with open_fleet(settings) as fleet:
+        job_id = await fleet.submit("echo")
+        await fleet.over(job_id)
+        for call in (fleet.service.get, fleet.service.retry, fleet.service.cancel):
+            with pytest.raises(JobNotFound):
+                await call(job_id, tenant="other")
+        with pytest.raises(JobNotFound):
+            await collect(fleet.service.events(job_id, tenant="other"))
+
+
+def _record_key(job_id: str) -> str:
+    return f"{root_of(job_id)}:job:{job_id}"
