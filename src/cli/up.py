@@ -27,7 +27,7 @@ from toolfleet.services.embedded.errors import EmbeddedServerError, ServerNotRun
 from toolfleet.services.web_tools.demo_site import serve_demo_site
 from toolfleet.settings import Settings
 
-SITE_LATENCY_S: Final = 0.5
+SITE_LATENCY_S: Final = 0.3
 """Of the demo site: a crawl of all of it takes some seconds, so that there is something to watch."""
 DRAIN_MARGIN_S: Final = 5.0
 """What a worker gets beyond its own drain time before it is killed."""

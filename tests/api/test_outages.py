@@ -170,6 +170,25 @@ async def test_with_both_down_only_what_surely_stands_nowhere_is_run(
         assert set(await down(client)) == {"nats", "streams", "redis"}
 
 
+@pytest.mark.promise("G5")
+async def test_with_both_down_a_key_that_may_have_been_used_is_not_run_a_second_time(
+    own_settings: Settings, own_nats: EmbeddedNats, own_valkey: EmbeddedValkey, tools: Toolbox
+) -> None:
+    body = job_of(call("lost"), fallback="sync", max_retries=0)
+    headers = {"Idempotency-Key": "k"}
+    async with running_api(own_settings, tools) as client:
+        assert (await client.post(JOBS, json=body, headers=headers)).status_code == 202
+        await without_nats(client, own_nats)
+        await own_valkey.kill()
+        again = problem(await client.post(JOBS, json=body, headers=headers), 503, "queue-unavailable")
+        assert again["accepted"] == "unknown"
+        await own_nats.start()
+        await own_valkey.start()
+    async with running_api(own_settings, tools) as client, running_worker(own_settings, tools):
+        await ended(client, again["job_id"])
+    assert tools.calls["lost"] == 1
+
+
 async def test_nats_down_what_redis_knows_is_answered_and_the_rest_is_no_false_404(
     own_settings: Settings, own_nats: EmbeddedNats, tools: Toolbox
 ) -> None:

@@ -161,7 +161,7 @@ async def test_a_client_that_goes_leaves_no_subscription_behind(client: httpx.As
     job = await submit(client, call("echo", n=1))
     async with client.stream("GET", job["sse_url"]) as response:
         await anext(frames(response))
-        assert await watched(redis_url, job["job_id"])
+        await wait_until(lambda: watched(redis_url, job["job_id"]), "the API waits for events")
 
     async def gone() -> bool:
         return not await watched(redis_url, job["job_id"])

@@ -58,7 +58,11 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         finally:
             process.send_signal(signal.SIGTERM)
             try:
+                # Everything drains, and a folder that was named stays.
                 assert process.wait(START_S) == 0, Path(log.name).read_text()
+                assert Path(log.name).read_text().endswith("stopped\n")
+                assert (folder / "data" / "nats").is_dir()
+                assert not ready.exists()
             finally:
                 process.kill()
 

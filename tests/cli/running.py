@@ -98,16 +98,19 @@ class Marked:
         return Ended(self.popen.returncode, self.text + (rest or ""), "")
 
     def family(self, *, containing: str = "") -> dict[int, str]:
-        """The processes that it started and that live, itself included: pid to command line."""
+        """The processes that it started and that live, itself included: pid to command line.
+
+        They have its mark in their environment, or, where a server writes over that, run in its TMPDIR.
+        """
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                if f"{MARK}={self.mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
-                    command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                    if containing in command:
-                        found[int(folder.name)] = command
-            except (OSError, ProcessLookupError):
-                # It ended while it was looked at.
+                marked = f"{MARK}={self.mark}".encode() in (folder / "environ").read_bytes().split(b"\0")
+                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if (marked or str(self.tmp) in str((folder / "cwd").readlink())) and containing in command:
+                    found[int(folder.name)] = command
+            except OSError:
+                # It ended while it was looked at, or is a zombie.
                 continue
         return found
 

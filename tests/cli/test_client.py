@@ -23,8 +23,12 @@ def decoded(text: str) -> list[ServerEvent]:
 
 
 def test_events_comments_and_several_lines_of_data() -> None:
-    text = ': heartbeat\n\nid: 7\nevent: tool.progress\ndata: {"a":\ndata: 1}\n\nretry: 5\n\nevent:gap\ndata:{"after":1}\n\n'
-    assert decoded(text) == [ServerEvent(7, "tool.progress", {"a": 1}), ServerEvent(None, "gap", {"after": 1})]
+    progress = 'id: 7\nevent: tool.progress\ndata: {"a":\ndata: 1}\n\n'
+    gap = 'event:gap\ndata:{"after":1}\n\n'
+    assert decoded(f": heartbeat\n\n{progress}retry: 5\n\n{gap}") == [
+        ServerEvent(7, "tool.progress", {"a": 1}),
+        ServerEvent(None, "gap", {"after": 1}),
+    ]
 
 
 def test_an_event_that_is_not_complete_is_not_told() -> None:
@@ -114,7 +118,12 @@ async def test_a_log_that_was_made_anew_is_told_from_its_beginning() -> None:
     ("status", "document", "code", "says"),
     [
         (422, {"detail": "no tool 'x'", "nearest": ["web_crawl"]}, USAGE, "no tool 'x'; did you mean web_crawl?"),
-        (422, {"detail": "two\nlines", "errors": [{"path": "$.a", "message": "is bad"}]}, USAGE, "two lines ($.a is bad)"),
+        (
+            422,
+            {"detail": "two\nlines", "errors": [{"path": "$.a", "message": "is bad"}]},
+            USAGE,
+            "two lines ($.a is bad)",
+        ),
         (404, {"detail": "there is no job"}, FAILED, "there is no job"),
         (503, {"title": "Queue unavailable"}, TRY_AGAIN, "Queue unavailable"),
         (502, "<html>", FAILED, "the way to the API failed: 502"),

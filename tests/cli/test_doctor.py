@@ -61,7 +61,9 @@ def test_servers_that_are_down_are_named_without_their_passwords(tmp_path: Path)
     assert "start nats-server, or correct NATS_URL" in ended.out
 
 
-def test_weaker_settings_and_a_stream_of_somebody_elses(nats_server: EmbeddedNats, valkey_server: EmbeddedValkey) -> None:
+def test_weaker_settings_and_a_stream_of_somebody_elses(
+    nats_server: EmbeddedNats, valkey_server: EmbeddedValkey
+) -> None:
     name = f"TASKS_{uuid.uuid4().hex[:8]}"
     asyncio.run(_make_stream(nats_server.url, name))
     env = clean_env(NATS_URL=nats_server.url, REDIS_URL=valkey_server.url, TOOLFLEET_STREAM=name)
@@ -84,9 +86,7 @@ async def _make_stream(url: str, name: str) -> None:
     await client.close()
 
 
-def test_a_stream_that_was_lost_is_told_and_accepted(
-    nats_server: EmbeddedNats, valkey_server: EmbeddedValkey
-) -> None:
+def test_a_stream_that_was_lost_is_told_and_accepted(nats_server: EmbeddedNats, valkey_server: EmbeddedValkey) -> None:
     unique = uuid.uuid4().hex[:8]
     env = clean_env(
         NATS_URL=nats_server.url, REDIS_URL=valkey_server.url,

@@ -175,7 +175,9 @@ class JobService:
             error.details["job_id"] = job_id
             if new.fallback != "sync":
                 raise
-            return await self._run_now(task, QUEUE_UNAVAILABLE, never_published=not error.maybe_stored)
+            # A key that the caller brought may have been published by an earlier submit.
+            fresh = not (idempotency_key and known_key)
+            return await self._run_now(task, QUEUE_UNAVAILABLE, never_published=fresh and not error.maybe_stored)
         if published == "stored":
             return await self._enqueue(task, created=True)
         return await self._already(task, published)

@@ -6,8 +6,8 @@ import gc
 from typing import Final
 
 THRESHOLDS: Final = (20_000, 20, 20)
-"""Allocations before a young collection, then generations before the older ones. Python's default of 700 (2,000 from
-3.13 on) collects several times in each batch of jobs: measured with `make bench`, it took a fifth of a worker's time."""
+"""Allocations before a young collection, then collections before the older generations. Python's default of 700 (2,000
+from 3.13 on) collects several times in each batch of jobs: by `make bench` it took a fifth of a worker's time."""
 
 
 def settle() -> None:
