@@ -36,7 +36,7 @@ from toolfleet.services.background_jobs.errors import (
     StoreUnavailable,
     StreamMismatch,
 )
-from toolfleet.services.background_jobs.job_service import JobService, Limits
+from toolfleet.services.background_jobs.job_service import JobService
 from toolfleet.services.background_jobs.nats_connection import NatsConnection
 from toolfleet.services.background_jobs.nats_streams import StreamNames
 from toolfleet.services.background_jobs.nats_task_queue import NatsTaskQueue
@@ -46,6 +46,7 @@ from toolfleet.services.background_jobs.redis_events import RedisEventFeed
 from toolfleet.services.background_jobs.redis_state_manager import RedisStateManager
 from toolfleet.services.background_jobs.retry_policy import RetryPolicy
 from toolfleet.services.background_jobs.store_gate import StoreGate
+from toolfleet.services.background_jobs.submission import Limits
 from toolfleet.services.background_jobs.sync_runs import SyncRunner
 from toolfleet.services.background_jobs.task_executor import JobExecutor
 from toolfleet.services.background_jobs.task_lease import LeaseKeeper

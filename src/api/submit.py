@@ -13,8 +13,10 @@ from toolfleet.api.openapi import KEY, LOCATION, answer, problem, problems
 from toolfleet.api.problems import KEY_HEADER, ApiProblem, problem_of
 from toolfleet.api.views import JOBS_PATH, Views, call_results, json_answer
 from toolfleet.services.background_jobs.errors import QueueError, QueueUnavailable, StoreError, ToolUnavailable
+from toolfleet.services.background_jobs.job_control import JobView
 from toolfleet.services.background_jobs.job_request import NewJob
-from toolfleet.services.background_jobs.job_service import JobService, JobView, Submission
+from toolfleet.services.background_jobs.job_service import JobService
+from toolfleet.services.background_jobs.submission import Submission
 from toolfleet.services.background_jobs.task_models import DEFAULT_TENANT, derived_job_id
 
 router = APIRouter(prefix=JOBS_PATH, tags=["jobs"])

@@ -8,7 +8,9 @@ from fastapi import Response
 from pydantic import BaseModel
 
 from toolfleet.api.models import CallResult, Event, Job, JobResult, JobStatus, JobSummary, Progress
-from toolfleet.services.background_jobs.job_service import JobService, JobView, Submission
+from toolfleet.services.background_jobs.job_control import JobView
+from toolfleet.services.background_jobs.job_service import JobService
+from toolfleet.services.background_jobs.submission import Submission
 from toolfleet.services.background_jobs.task_models import (
     JobEvent,
     JobRecord,

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from toolfleet.cli.exits import INTERRUPTED, USAGE, CliError
+from toolfleet.cli.exits import FAILED, INTERRUPTED, USAGE, CliError
 
 app = typer.Typer(
     name="toolfleet",
@@ -322,3 +322,7 @@ def main() -> None:
         sys.exit(error.code)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except OSError as error:
+        # A file that can't be written, a full disk behind stdout.
+        print(f"toolfleet: {error}", file=sys.stderr)
+        sys.exit(FAILED)

@@ -8,6 +8,7 @@ import fcntl
 import json
 import shutil
 import socket
+import sys
 import tempfile
 import time
 import uuid
@@ -249,6 +250,8 @@ def _lines_to_try(stack: Stack, site: str) -> str:
     crawl = f'{{"tool_name":"web_crawl","tool_args":{{"url":"{site}/","max_pages":37}}}}'
     post = "curl -sw '\\n' -X POST -H 'Content-Type: application/json'"
     env = " ".join(f"{name}={value}" for name, value in stack.env.items() if value is not None and name in _SHOWN)
+    # As it was called: `make up` is for people whose PATH does not have it.
+    program = sys.argv[0] if Path(sys.argv[0]).name == "toolfleet" else "toolfleet"
     return f"""
 toolfleet is up: API {stack.api_url}, demo site {site}
 
@@ -262,8 +265,8 @@ curl -sw '\\n' {jobs}/{job}/result
 curl -sw '\\n' -X POST {jobs}/{later}/cancel
 
 # or, with the command line
-TOOLFLEET_API_URL={stack.api_url} toolfleet submit web_crawl url={site}/ max_pages=37 --watch
-{env} toolfleet doctor --api {stack.api_url}
+TOOLFLEET_API_URL={stack.api_url} {program} submit web_crawl url={site}/ max_pages=37 --watch
+{env} {program} doctor --api {stack.api_url}
 
 Ctrl-C drains and stops."""
 
