@@ -29,8 +29,12 @@ demo: setup ## starts everything, runs a job of four web crawls, stops everythin
 up: setup ## starts everything and leaves it running on port 8081 until Ctrl-C
 	@$(BIN)/toolfleet up $(ARGS)
 
-test: setup peers ## all tests, against real servers
-	@$(BIN)/python -m pytest $(ARGS)
+# Two processes, by file: the tests mostly wait for real servers. `make test TEST_PROCESSES=0` runs them in one.
+TEST_PROCESSES ?= 2
+
+test: setup peers ## all tests, against real servers; installs Consul where root may
+	@command -v consul >/dev/null || [ "$$(id -u)" != 0 ] || deployment/ci/install_consul.sh
+	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(ARGS)
 
 check: setup ## formatting, lint, types, import direction
 	@$(BIN)/ruff format --check .

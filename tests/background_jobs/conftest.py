@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import nats
 import nats.js.errors
@@ -14,6 +15,8 @@ from tests.background_jobs.dumping import leaks
 from tests.conftest import SettingsFactory
 from toolfleet.bootstrap import redis_client
 from toolfleet.services.background_jobs.redis_state_manager import RedisStateManager
+from toolfleet.services.embedded.nats_server import EmbeddedNats
+from toolfleet.services.embedded.valkey_server import EmbeddedValkey
 from toolfleet.settings import Settings
 
 SMALL: dict[str, object] = {
@@ -63,6 +66,28 @@ async def store(settings: Settings, redis_url: str) -> AsyncIterator[RedisStateM
     """The store alone."""
     async with redis_client(settings, redis_url) as client:
         yield RedisStateManager(client, timeout_s=5, log_max=1000, result_ttl_s=86400, max_starts=3)
+
+
+@pytest.fixture
+async def own_nats(tmp_path: Path) -> AsyncIterator[EmbeddedNats]:
+    """A server that a test may kill, pause and restart."""
+    async with EmbeddedNats(tmp_path / "nats", durable=False) as server:
+        yield server
+
+
+@pytest.fixture
+async def own_valkey(tmp_path: Path) -> AsyncIterator[EmbeddedValkey]:
+    """A server that a test may kill, pause and restart."""
+    async with EmbeddedValkey(tmp_path / "valkey", durable=False) as server:
+        yield server
+
+
+@pytest.fixture
+def own_settings(make_settings: SettingsFactory, own_nats: EmbeddedNats, own_valkey: EmbeddedValkey) -> Settings:
+    """On servers of the test's own, with short bounds."""
+    return make_settings(
+        nats_url=own_nats.url, redis_url=own_valkey.url, redis_timeout=0.5, publish_timeout=0.5, ack_wait=2.0
+    )
 
 
 @pytest.fixture(autouse=True)

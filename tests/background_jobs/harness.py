@@ -33,6 +33,9 @@ FAILURES: dict[str, type[ToolFailure]] = {
 }
 
 
+STRICT: dict[str, Any] = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
+
+
 @dataclass
 class Bench:
     """Tools and what became of their calls. Each has a twin, ``once_…``, that must not run twice."""
@@ -94,6 +97,7 @@ class Bench:
             name = function.__name__
             tools[name] = (ToolSpec(name, "local", name, repeatable=True), function)
             tools[f"once_{name}"] = (ToolSpec(f"once_{name}", "local", name), function)
+        tools["strict"] = (ToolSpec("strict", "local", "strict", input_schema=STRICT, repeatable=True), self.echo)
         return LocalToolRunner(tools)
 
 
@@ -170,6 +174,8 @@ async def open_fleet(
     """A service with so many workers; all drain at the end, so a test that leaves a call running opens its gate."""
     bench = Bench()
     async with contextlib.AsyncExitStack() as stack:
+        # Last of all: what does not stop when it is told must not outlive a test that failed.
+        stack.callback(bench.gate.set)
         wired = await stack.enter_async_context(open_service(settings, tools=bench.runner(), runs_jobs=runs_jobs))
         fleet = Fleet(settings, wired.service, wired.core, bench)
         for number in range(workers):

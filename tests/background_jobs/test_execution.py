@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.background_jobs.harness import job, open_fleet, running_worker
+from tests.background_jobs.harness import open_fleet, running_worker
+from tests.background_jobs.making import make_task
 from tests.conftest import SettingsFactory
 from tests.support.waiting import wait_until
 from toolfleet.services.background_jobs.redis_records import root_of
@@ -151,7 +152,7 @@ async def test_a_job_that_takes_too_long_keeps_what_it_has(settings: Settings, t
 
 async def test_a_tool_that_nobody_has_fails_its_call(settings: Settings) -> None:
     async with open_fleet(settings) as fleet:
-        task = fleet.service._task(job("nothing_like_it"), "job_01JZ0G9V6M4Q2R8T3W5X7Y9ZAB", "default")
+        task = make_task(tool="nothing_like_it")
         await fleet.core.queue.publish(task)
         record = await fleet.reaches(task.job_id, Status.FAILED)
         assert record.error is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from redis import Redis
 from tests.background_jobs.dumping import check_job, dump, log_of, record_of, results_of
 from tests.background_jobs.making import ERROR, LEASE_MS, ending, make_task, result
 from toolfleet.bootstrap import redis_client
-from toolfleet.services.background_jobs.ports import CancelAnswer, Changes, Granted, Lease, NotNow, Orphan, Over
+from toolfleet.services.background_jobs.ports import CancelAnswer, Changes, Granted, Lease, NotNow, Over
 from toolfleet.services.background_jobs.redis_records import partition_of, root_of
 from toolfleet.services.background_jobs.redis_state_manager import RedisStateManager
 from toolfleet.services.background_jobs.task_models import EventType, NewEvent, Status, TaskDefinition, ToolResult
@@ -379,9 +380,10 @@ class Protocol(RuleBasedStateMachine):
                 self.claim("w3", False, True)
             record = record_of(self.redis, self.task.job_id)
             moved = record["fence"] != str(orphan.fence) or record["status"] != orphan.status
+            again = "publish" if orphan.status is Status.QUEUED else "changed"
             verdict = self.do(
-                lambda orphan=orphan: self.store.reclaim(orphan),  # type: ignore[misc]
-                same=lambda a, b: b == ("changed" if a != "publish" or orphan.status is Status.RUNNING else a),
+                partial(self.store.reclaim, orphan),
+                same=partial(lambda again, a, b: b == (again if a == "publish" else "changed"), again),
             )
             assert not moved or verdict == "changed"
 

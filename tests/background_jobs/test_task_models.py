@@ -33,13 +33,14 @@ json_values = st.recursive(
     max_leaves=8,
 )  # fmt: skip
 objects = st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=5), json_values, max_size=3)
+names = st.from_regex(r"\A[A-Za-z0-9_.:-]{1,20}\Z")
 tasks = st.builds(
     TaskDefinition,
     job_id=st.builds(new_job_id),
     generation=st.integers(1, 10**6),
     tenant=st.text(st.characters(exclude_categories=["Cs"]), max_size=10),
     tools=st.lists(
-        st.builds(ToolCall, tool_call_id=st.from_regex(r"\A[A-Za-z0-9_.:-]{1,20}\Z"), tool_name=st.just("t"), tool_args=objects),
+        st.builds(ToolCall, tool_call_id=names, tool_name=st.just("t"), tool_args=objects),
         min_size=1,
         max_size=3,
     ).map(tuple),

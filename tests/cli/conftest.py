@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.running import PROGRAM, Ended, clean_env, toolfleet
+from tests.cli.running import PROGRAM, Ended, clean_env, in_process, toolfleet
 
 TOOLBOX = Path(__file__).parents[1] / "tool_execution" / "servers" / "toolbox.py"
 START_S = 60.0
@@ -32,12 +32,16 @@ class Fleet:
     """For a worker, or `doctor`."""
 
     def run(self, *arguments: str, stdin: str = "", **more: str) -> Ended:
-        """The command line against this stack."""
+        """The installed program against this stack."""
         return toolfleet(*arguments, env={**self.env, **more}, stdin=stdin)
+
+    def call(self, *arguments: str, stdin: str = "") -> Ended:
+        """The same, within this process."""
+        return in_process(*arguments, env=self.env, stdin=stdin)
 
     def submit(self, *arguments: str) -> str:
         """A new job's id."""
-        ended = self.run("submit", *arguments)
+        ended = self.call("submit", *arguments)
         assert ended.code == 0, ended.err
         return ended.out.strip()
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
+import sys
 import sysconfig
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import pytest
+
+from toolfleet.cli.main import main
 from toolfleet.settings import variable_names
 
 PROGRAM = str(Path(sysconfig.get_path("scripts")) / "toolfleet")
@@ -59,6 +66,22 @@ def toolfleet(*arguments: str, env: Mapping[str, str] | None = None, stdin: str 
     ended = Ended(found.returncode, found.stdout, found.stderr)
     assert "Traceback" not in ended.err, ended.err
     return ended
+
+
+def in_process(*arguments: str, env: Mapping[str, str], stdin: str = "") -> Ended:
+    """The same without a process of its own: what many tests need is not the start of another Python."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.dict(os.environ, env, clear=True),
+        mock.patch.object(sys, "argv", ["toolfleet", *arguments]),
+        mock.patch.object(sys, "stdin", io.StringIO(stdin)),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        main()
+    code = ended.value.code
+    return Ended(code if isinstance(code, int) else 0, out.getvalue(), err.getvalue())
 
 
 class Marked:

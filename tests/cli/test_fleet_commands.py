@@ -39,11 +39,11 @@ def test_jobs_page_by_page(fleet: Fleet) -> None:
     # They stay queued for as long as the stack lives.
     older, newer = (fleet.submit("echo", f"text=number {n}", "--priority", "high", "--delay", "3600") for n in (1, 2))
     listed = ["jobs", "--status", "queued", "--tier", "high", "--limit", "1"]
-    first = fleet.run(*listed, "--json").json
-    second = fleet.run(*listed, "--json", "--cursor", first["cursor"]).json
+    first = fleet.call(*listed, "--json").json
+    second = fleet.call(*listed, "--json", "--cursor", first["cursor"]).json
     assert [job["job_id"] for job in first["jobs"] + second["jobs"]] == [newer, older]
     assert second["cursor"] is None
-    page = fleet.run(*listed)
+    page = fleet.call(*listed)
     assert page.out.split("\t")[:3] == [newer, "queued", "high"]
     assert f"--cursor {first['cursor']}" in page.err
 

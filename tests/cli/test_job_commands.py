@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import signal
 import subprocess
@@ -42,14 +41,14 @@ def test_the_id_alone_goes_to_stdout_and_the_job_can_be_watched_from_where_one_l
 
 def test_arguments_arrive_with_their_types(fleet: Fleet) -> None:
     job = fleet.submit("keep", 'value={"n": 5, "yes": true, "text": "5"}')
-    assert fleet.run("watch", job).code == 0
-    (call,) = fleet.run("result", job, "--json").json["results"]
+    assert fleet.call("watch", job).code == 0
+    (call,) = fleet.call("result", job, "--json").json["results"]
     assert json.loads(call["content"][0]["text"]) == {"n": 5, "yes": True, "text": "5"}
-    assert fleet.run("submit", "keep", "--args", "-", "--watch", stdin='{"value": [1]}').out.endswith("[1]\n")
+    assert fleet.call("submit", "keep", "--args", "-", "--watch", stdin='{"value": [1]}').out.endswith("[1]\n")
 
 
 def test_content_that_is_no_text_is_named(fleet: Fleet) -> None:
-    ended = fleet.run("submit", "picture", "--watch")
+    ended = fleet.call("submit", "picture", "--watch")
     assert "one pixel\n[image image/png" in ended.out
 
 
@@ -75,17 +74,17 @@ def test_a_running_call_is_stopped_and_the_job_run_again(fleet: Fleet, tmp_path:
     ) as watching:
         assert watching.stdout is not None
         assert any("tool.started" in line for line in watching.stdout)
-        answer = fleet.run("cancel", job, "--json").json
+        answer = fleet.call("cancel", job, "--json").json
         assert answer["outcome"] in ("cancelled", "cancelling")
         assert "job.cancelled" in watching.stdout.read()
         assert watching.wait() == CANCELLED
     gate.touch()
-    again = fleet.run("retry", job)
+    again = fleet.call("retry", job)
     assert again.out == f"{job} queued\n"
     # It must not run twice and had been sent: whether it happened is a person's to say.
-    assert fleet.run("watch", job).code == UNKNOWN
-    assert fleet.run("resolve", job, "call_1", "rerun").out == f"{job} queued\n"
-    assert fleet.run("watch", job).code == 0
+    assert fleet.call("watch", job).code == UNKNOWN
+    assert fleet.call("resolve", job, "call_1", "rerun").out == f"{job} queued\n"
+    assert fleet.call("watch", job).code == 0
 
 
 def test_ctrl_c_leaves_the_job_running_and_says_how_to_go_on(fleet: Fleet, tmp_path: Path) -> None:
@@ -106,28 +105,28 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_go_on(fleet: Fleet, tmp_p
     assert f"follow it with: toolfleet watch {job}; stop it with: toolfleet cancel {job}" in err
     assert "Traceback" not in err
     gate.touch()
-    assert fleet.run("watch", job).code == 0
+    assert fleet.call("watch", job).code == 0
 
 
 def test_a_failed_job_says_why(fleet: Fleet) -> None:
-    ended = fleet.run("submit", "refuse", "reason=not today", "--watch")
+    ended = fleet.call("submit", "refuse", "reason=not today", "--watch")
     assert ended.code == FAILED
     assert "not today" in ended.err
     assert "failed" in ended.err
 
 
 def test_a_call_whose_outcome_is_not_known_is_decided_once(fleet: Fleet) -> None:
-    ended = fleet.run("submit", "crash", "--watch", "--json")
+    ended = fleet.call("submit", "crash", "--watch", "--json")
     assert ended.code == UNKNOWN
     assert ended.lines[-1]["event"] == "job.unknown"
     job = ended.lines[-1]["data"]["job_id"]
     assert f"toolfleet resolve {job} call_1 rerun" in ended.err
-    wrong = fleet.run("resolve", job, "call_1", "rerun", "--result", "1")
+    wrong = fleet.call("resolve", job, "call_1", "rerun", "--result", "1")
     assert wrong.code == USAGE
-    decided = fleet.run("resolve", job, "call_1", "completed", "--result", '{"seen": true}', "--note", "it was there")
+    decided = fleet.call("resolve", job, "call_1", "completed", "--result", '{"seen": true}', "--note", "it was there")
     assert decided.out == f"{job} completed\n"
-    assert json.loads(fleet.run("result", job).out) == {"seen": True}
-    late = fleet.run("resolve", job, "call_1", "failed")
+    assert json.loads(fleet.call("result", job).out) == {"seen": True}
+    late = fleet.call("resolve", job, "call_1", "failed")
     assert late.code == FAILED
     assert job in late.err
 
@@ -136,17 +135,17 @@ def test_the_same_key_gives_the_same_job(fleet: Fleet) -> None:
     words = ("add", "a=1", "b=2", "--key", "one-key")
     first = fleet.submit(*words)
     assert fleet.submit(*words) == first
-    other = fleet.run("submit", "add", "a=9", "b=2", "--key", "one-key")
+    other = fleet.call("submit", "add", "a=9", "b=2", "--key", "one-key")
     assert other.code == USAGE
     assert "Idempotency-Key" in other.err
 
 
 def test_options_reach_the_job(fleet: Fleet) -> None:
     job = fleet.submit("add", "a=1", "b=2", "--priority", "low", "--retries", "7", *LATER)
-    (found,) = [each for each in fleet.run("jobs", "--tier", "low", "--json").json["jobs"] if each["job_id"] == job]
+    (found,) = [each for each in fleet.call("jobs", "--tier", "low", "--json").json["jobs"] if each["job_id"] == job]
     assert found["max_retries"] == 7
     assert found["status"] == "queued"
-    fleet.run("cancel", job)
+    fleet.call("cancel", job)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +160,7 @@ def test_options_reach_the_job(fleet: Fleet) -> None:
 def test_what_can_not_be_queued_is_one_line_with_what_would_be_right(
     fleet: Fleet, words: tuple[str, ...], says: str
 ) -> None:
-    ended = fleet.run("submit", *words)
+    ended = fleet.call("submit", *words)
     assert ended.code == USAGE
     assert ended.out == ""
     assert says in ended.err
@@ -176,7 +175,7 @@ def test_a_refusal_as_json_is_the_apis_own_document(fleet: Fleet) -> None:
 
 @pytest.mark.parametrize("command", ["watch", "cancel"])
 def test_a_job_that_is_not_there(fleet: Fleet, command: str) -> None:
-    ended = fleet.run(command, "job_01JZ0G9V6M4Q2R8T3W5X7Y9ZAB")
+    ended = fleet.call(command, "job_01JZ0G9V6M4Q2R8T3W5X7Y9ZAB")
     assert ended.code == FAILED
     assert "there is no job job_01JZ0G9V6M4Q2R8T3W5X7Y9ZAB" in ended.err
     assert ended.err.count("\n") == 1
@@ -191,13 +190,12 @@ def test_an_api_that_is_not_there_or_is_none(fleet: Fleet) -> None:
     assert "not the jobs API" in site.err
 
 
-async def test_a_reader_that_leaves_ends_the_command_in_silence(fleet: Fleet) -> None:
+def test_a_reader_that_leaves_ends_the_command_in_silence(fleet: Fleet) -> None:
     job = fleet.submit("steps", "count=3")
-    assert fleet.run("watch", job).code == 0
-    process = await asyncio.create_subprocess_shell(
-        f"'{PROGRAM}' watch {job} --json | head -n 1",
-        env=fleet.env, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    out, err = await asyncio.wait_for(process.communicate(), 30)
-    assert json.loads(out)["id"] == 1
-    assert err == b""
+    assert fleet.call("watch", job).code == 0
+    line = f"'{PROGRAM}' watch {job} --json | head -n 1"
+    ended = subprocess.run(
+        ["/bin/sh", "-c", line], env=fleet.env, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert json.loads(ended.stdout)["id"] == 1
+    assert ended.stderr == ""

@@ -128,12 +128,17 @@ class JobService:
 
     async def wait(self, job_id: str, seconds: float, tenant: str = DEFAULT_TENANT) -> JobView:
         """The job once something has changed, or as it is when the time is up. Raises as `get`."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
         async with self._feed.watch(job_id) as watch:
-            view = await self.get(job_id, tenant)
-            if view.record is not None and view.record.status.terminal:
-                return view
-            await watch.changed(seconds)
-        return await self.get(job_id, tenant)
+            first = view = await self.get(job_id, tenant)
+            # A wake-up may only say that something could have been missed.
+            while _place(view) == _place(first) and (left := until - loop.time()) > 0:
+                if view.record is not None and view.record.status.terminal:
+                    break
+                await watch.changed(left)
+                view = await self.get(job_id, tenant)
+        return view
 
     async def wait_until_over(self, job_id: str, tenant: str = DEFAULT_TENANT) -> JobRecord:
         """The record of a job once it is terminal. Bound it with `asyncio.timeout`. Raises as `get`."""
@@ -203,3 +208,8 @@ def _owned(task: TaskDefinition, tenant: str) -> TaskDefinition:
     if task.tenant != tenant:
         raise JobNotFound(f"there is no job {task.job_id}", job_id=task.job_id)
     return task
+
+
+def _place(view: JobView) -> int:
+    """How far a job's log has come, as far as it is known."""
+    return view.record.last_event if view.record is not None else 0

@@ -21,8 +21,16 @@ from toolfleet.services.background_jobs.errors import StoreError, StoreUnavailab
 from toolfleet.services.background_jobs.group_writer import GroupWriter
 from toolfleet.services.background_jobs.redis_link import CONNECTION_ERRORS, Command, RedisLink
 
-_UNAVAILABLE = ("LOADING", "READONLY", "MASTERDOWN", "OOM", "MISCONF", "NOREPLICAS", "CLUSTERDOWN", "TRYAGAIN", "BUSY")
-"""Error codes that say 'not now' and not 'wrong': the same command may succeed later or elsewhere."""
+_UNAVAILABLE = (
+    redis_errors.OutOfMemoryError,
+    redis_errors.ReadOnlyError,
+    redis_errors.ClusterDownError,
+    redis_errors.TryAgainError,
+)
+"""Errors that say 'not now' and not 'wrong': the same command may succeed later or elsewhere. redis-py takes the code
+off the text of these; MASTERDOWN is a ClusterDownError, and LOADING no ResponseError."""
+_UNAVAILABLE_CODES = ("MISCONF", "NOREPLICAS", "BUSY")
+"""The same for errors that redis-py has no class for."""
 
 
 @cache
@@ -101,7 +109,8 @@ class RedisFunctions:
 def as_store_error(error: BaseException, what: str) -> StoreError:
     """Redis' error as ours: 'not now' and 'wrong' are told apart."""
     text = str(error) or type(error).__name__
-    if isinstance(error, redis_errors.ResponseError) and not text.startswith(_UNAVAILABLE):
+    refused = isinstance(error, redis_errors.ResponseError) and not isinstance(error, _UNAVAILABLE)
+    if refused and not text.startswith(_UNAVAILABLE_CODES):
         return StoreError(f"Redis refused {what}: {text}")
     return StoreUnavailable(f"Redis did not serve {what}: {text}. Check REDIS_URL and `toolfleet doctor`.")
 
