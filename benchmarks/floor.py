@@ -29,9 +29,7 @@ async def work(nats_url: str, redis_url: str, slots: int) -> None:
     connection = await nats.connect(nats_url)
     stream = connection.jetstream()
     await stream.add_stream(StreamConfig(name=STREAM, subjects=[SUBJECT], retention="workqueue", storage="file"))
-    await stream.add_consumer(
-        STREAM, ConsumerConfig(durable_name=CONSUMER, ack_policy="explicit", max_ack_pending=-1)
-    )
+    await stream.add_consumer(STREAM, ConsumerConfig(durable_name=CONSUMER, ack_policy="explicit", max_ack_pending=-1))
     inbox = connection.new_inbox()
     jobs: set[asyncio.Task[None]] = set()
     slot = asyncio.Semaphore(slots)

@@ -30,9 +30,7 @@ async def workers(stack: Stack, count: int, slots: int = SLOTS) -> AsyncIterator
     """Worker processes, ready."""
     async with contextlib.AsyncExitStack() as started:
         arguments = ["--slots", str(slots), "--nats", stack.nats_url, "--redis", stack.redis_url]
-        yield [
-            await started.enter_async_context(child("benchmarks.worker", arguments, {})) for _ in range(count)
-        ]
+        yield [await started.enter_async_context(child("benchmarks.worker", arguments, {})) for _ in range(count)]
 
 
 async def floor_rate(stack: Stack, jobs: int) -> float:

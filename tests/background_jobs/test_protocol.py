@@ -208,7 +208,7 @@ class Protocol(RuleBasedStateMachine):
             assert answer == Over(was)
         if held:
             assert isinstance(answer, NotNow)
-        elif "cancel" in record and was is not Status.CANCELLED:
+        elif "cancel" in record and was is not None and not was.terminal:
             assert answer == Over("cancelled")
         elif waits and isinstance(answer, NotNow):
             assert answer.delay_ms <= LEASE_MS

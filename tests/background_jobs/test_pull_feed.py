@@ -195,7 +195,7 @@ async def test_a_message_that_is_handed_back_comes_again_and_its_age_is_kept(set
 
 async def test_a_message_that_is_kept_in_progress_is_not_given_to_others(own_settings: Settings) -> None:
     settings = own_settings.model_copy(update={"ack_wait": 0.4})
-    async with feeding(settings, 1) as (core, feed, hands), feeding(settings, 1) as (_, _, other):
+    async with feeding(settings, 1) as (core, _, hands), feeding(settings, 1) as (_, _, other):
         await publish(core, 1)
         await wait_until(lambda: hands.taken + other.taken == 1, "the message arrives")
         holder = hands if hands.held else other

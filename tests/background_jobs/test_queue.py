@@ -144,10 +144,11 @@ async def test_a_stream_with_other_settings_is_named_and_left_alone(
         name = getattr(settings, which)
         config = (await core.queue._admin.api(f"STREAM.INFO.{name}"))["config"] | change
         await core.queue._admin.api(f"STREAM.UPDATE.{name}", config)
+        standing = (await core.queue._admin.api(f"STREAM.INFO.{name}"))["config"]
         with pytest.raises(StreamMismatch, match=field) as caught:
             await core.queue.ensure()
         assert name in str(caught.value)
-        assert (await core.queue._admin.api(f"STREAM.INFO.{name}"))["config"] == config
+        assert (await core.queue._admin.api(f"STREAM.INFO.{name}"))["config"] == standing
     with pytest.raises(StreamMismatch, match=field):
         async with open_core(settings, name="test"):
             pass

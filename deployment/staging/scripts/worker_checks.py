@@ -206,13 +206,12 @@ async def make_streams(settings: Settings) -> list[Finding]:
     """What keeps the streams from being made, as a worker does at its start; only trying it tells.
 
     Raises:
-        DiscoveryError, StreamMismatch: as `open_core`.
+        DiscoveryError, QueueError: as `open_core`.
     """
     async with open_core(settings, name="toolfleet-check") as core:
         if core.queue_state.ready:
             return []
-        hint = "where there is no room, raise max_file_store in nats.conf or lower TOOLFLEET_STREAM_MAX_BYTES"
-        return [Finding("missing", "streams", f"can't be made: {core.queue_state.problem}; {hint}")]
+        return [Finding("missing", "streams", f"can't be made: {core.queue_state.problem}")]
 
 
 async def _check_redis(core: Core, writes: bool) -> list[Finding]:

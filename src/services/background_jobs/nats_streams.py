@@ -15,6 +15,8 @@ NANOS = 1_000_000_000
 
 STREAM_NOT_FOUND = 10059
 CONSUMER_NOT_FOUND = 10014
+INSUFFICIENT_STORAGE = 10047
+NO_ROOM = "; raise max_file_store in the server's configuration, or lower TOOLFLEET_STREAM_MAX_BYTES"
 
 DUPLICATE_WINDOW_S = 120
 """JetStream's default, within which a Nats-Msg-Id is stored once."""
@@ -107,7 +109,8 @@ class StreamAdmin:
         answer: dict[str, Any] = json.loads(reply.data)
         if error := answer.get("error"):
             code = error.get("err_code")
-            raise QueueError(f"JetStream refused {verb}: {error.get('description')} ({code})", err_code=code)
+            hint = NO_ROOM if code == INSUFFICIENT_STORAGE else ""
+            raise QueueError(f"JetStream refused {verb}: {error.get('description')} ({code}){hint}", err_code=code)
         return answer
 
     async def ensure_stream(self, wanted: Mapping[str, Any]) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def record_from(job_id: str, fields: Mapping[str, str]) -> JobRecord:
         failed_calls=number("failed") or 0,
         current_tool=(fields.get("tool") or None) if running else None,
         stage=fields.get("stage") or None,
-        percent=float(fields.get("percent") or 0),
+        percent=100.0 if status is Status.COMPLETED else float(fields.get("percent") or 0),
         message=fields.get("message") or None,
         undecided=tuple(sorted(name[2:] for name in fields if name.startswith("u:"))),
         last_event=number("seq") or 0,

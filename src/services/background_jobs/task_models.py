@@ -273,7 +273,6 @@ class JobRecord(_Frozen):
     undecided: tuple[str, ...] = ()
     """Calls whose outcome is not known and that nobody has decided yet."""
     last_event: int = 0
-    fallback_reason: str | None = None
 
 
 def new_job_id() -> str:

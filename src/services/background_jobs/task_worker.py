@@ -117,9 +117,13 @@ class TaskWorker:
 
     # -- life ------------------------------------------------------------------------------------------------
 
-    async def run(self) -> int:
-        """Work until told to stop, then drain; the exit code."""
-        self._on_signals()
+    async def run(self, *, handle_signals: bool = True) -> int:
+        """Work until told to stop, then drain; the exit code.
+
+        `handle_signals` makes SIGTERM and SIGINT call `stop`; a program that embeds a worker calls it itself.
+        """
+        if handle_signals:
+            self._on_signals()
         await self._listen(self.worker_id, self._keeper.cancel)
         self._gate.listen(self._feed.poke)
         self._state = "running"

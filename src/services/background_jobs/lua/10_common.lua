@@ -103,7 +103,6 @@ local function finish_record(k, rec, now, status, kind, data, error)
   emit(k, rec, now, kind, data)
   redis.call('HSET', k.job, 'status', status, 'seq', rec.seq, 'finished', now, 'ran', ran, 'run_from', 0,
              'ended_by', rec.fence, 'error', error, 'done', rec.done, 'failed', rec.failed)
-  if status == 'completed' then redis.call('HSET', k.job, 'percent', '100') end
   redis.call('ZREM', k.due, k.id)
   redis.call('HINCRBY', k.root .. ':totals', status, 1)
   local rate = k.root .. ':rate:' .. (math.floor(now / 60000))
@@ -209,6 +208,8 @@ end
 -- `since` is when the job was submitted: now, or the time at which the stream stored its message.
 local function make_record(k, birth, now, since)
   local not_before = math.max(birth.run_at, birth.delay > 0 and since + birth.delay or 0)
+  -- Where Redis has lost the record alone, what is left of its log would refuse the ids of the new one.
+  redis.call('DEL', k.log, k.res)
   redis.call('HSET', k.job, 'v', '1', 'status', 'queued', 'generation', birth.generation, 'fence', '0',
              'tier', birth.tier, 'tenant', birth.tenant, 'hash', birth.hash, 'total', birth.total,
              'timeout', birth.timeout, 'expires', birth.expires, 'log_max', birth.log_max, 'ttl', birth.ttl,
