@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from redis import Redis
-
 from toolfleet.services.background_jobs.redis_records import ROOTS, events_from, root_of
 from toolfleet.services.background_jobs.task_models import JobEvent, Status, Tier
 
@@ -22,7 +20,7 @@ _READ = {
 }
 
 
-def dump(client: Redis, *, without_leases: bool = False) -> Dump:
+def dump(client: Any, *, without_leases: bool = False) -> Dump:
     """Every key with its value, and whether it has a TTL. A renewal changes nothing but `lease_until`."""
     found: Dump = {}
     for key in sorted(client.scan_iter(count=1000)):
@@ -34,25 +32,25 @@ def dump(client: Redis, *, without_leases: bool = False) -> Dump:
     return found
 
 
-def record_of(client: Redis, job_id: str) -> dict[str, str]:
+def record_of(client: Any, job_id: str) -> dict[str, str]:
     """A record's hash; empty where there is none."""
     fields: dict[str, str] = client.hgetall(f"{root_of(job_id)}:job:{job_id}")
     return fields
 
 
-def results_of(client: Redis, job_id: str) -> dict[str, str]:
+def results_of(client: Any, job_id: str) -> dict[str, str]:
     """The stored results as they lie there: a letter, then JSON."""
     stored: dict[str, str] = client.hgetall(f"{root_of(job_id)}:res:{job_id}")
     return stored
 
 
-def log_of(client: Redis, job_id: str) -> list[JobEvent]:
+def log_of(client: Any, job_id: str) -> list[JobEvent]:
     """The whole log."""
     entries = client.xrange(f"{root_of(job_id)}:log:{job_id}")
     return [event for _, fields in entries for event in events_from(job_id, fields["e"])]
 
 
-def check_job(client: Redis, job_id: str) -> None:
+def check_job(client: Any, job_id: str) -> None:
     """Record, results, log and indexes of a job agree."""
     root, record, results = root_of(job_id), record_of(client, job_id), results_of(client, job_id)
     indexed = {
@@ -90,7 +88,7 @@ def check_job(client: Redis, job_id: str) -> None:
         assert due is not None, f"{status}, and the reconciler will never look at it"
 
 
-def leaks(client: Redis, *, open_jobs_are_fine: bool = False) -> list[str]:
+def leaks(client: Any, *, open_jobs_are_fine: bool = False) -> list[str]:
     """Keys that nothing will ever remove."""
     found = []
     for key in client.scan_iter(count=1000):

@@ -10,9 +10,9 @@ import asyncio
 import hashlib
 import random
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import resources
-from typing import Any
+from typing import Any, Final
 
 import redis.asyncio as redis
 from redis import exceptions as redis_errors
@@ -33,6 +33,10 @@ _UNAVAILABLE_CODES = ("MISCONF", "NOREPLICAS", "BUSY")
 """The same for errors that redis-py has no class for."""
 
 
+PIPELINES: Final = 2
+"""In flight at once, each on a connection of its own."""
+
+
 @cache
 def library() -> tuple[str, str]:
     """The library's text as Redis takes it, and the prefix of its functions."""
@@ -49,8 +53,8 @@ class RedisFunctions:
     def __init__(self, client: redis.Redis, timeout_s: float) -> None:
         self._client = client
         self._timeout = timeout_s
-        self._link = RedisLink(client, timeout_s)
-        self._writer = GroupWriter(self._pipeline)
+        self._links = [RedisLink(client, timeout_s) for _ in range(PIPELINES)]
+        self._writer = GroupWriter([partial(_pipeline, link) for link in self._links])
         self._text, self._prefix = library()
 
     async def call(self, function: str, root: str, *args: Any, size: int = 0) -> Any:
@@ -94,16 +98,18 @@ class RedisFunctions:
         """Several plain commands in one round trip. Raises as `call`."""
         return list(await asyncio.gather(*(self.read(*command) for command in commands)))
 
-    async def _pipeline(self, commands: Sequence[Command]) -> Sequence[Any]:
-        try:
-            return await self._link.exchange(commands)
-        except CONNECTION_ERRORS as error:
-            raise as_store_error(error, "a pipeline") from error
-
     async def close(self) -> None:
         """Wait for what was accepted, and give the connection up."""
         await self._writer.close()
-        await self._link.close()
+        for link in self._links:
+            await link.close()
+
+
+async def _pipeline(link: RedisLink, commands: Sequence[Command]) -> Sequence[Any]:
+    try:
+        return await link.exchange(commands)
+    except CONNECTION_ERRORS as error:
+        raise as_store_error(error, "a pipeline") from error
 
 
 def as_store_error(error: BaseException, what: str) -> StoreError:
