@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import random
 from collections.abc import Sequence
 from functools import cache, partial
 from importlib import resources
@@ -119,8 +118,3 @@ def as_store_error(error: BaseException, what: str) -> StoreError:
     if refused and not text.startswith(_UNAVAILABLE_CODES):
         return StoreError(f"Redis refused {what}: {text}")
     return StoreUnavailable(f"Redis did not serve {what}: {text}. Check REDIS_URL and `toolfleet doctor`.")
-
-
-def token() -> str:
-    """A claim token, new for each pull: 64 random bits are enough, since it only has to differ among attempts."""
-    return f"{random.getrandbits(64):016x}"
