@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from toolfleet.services.background_jobs.job_service import JobService
 from toolfleet.services.background_jobs.ports import CallContext, ToolSpec
 from toolfleet.services.background_jobs.task_models import JobEvent, JobRecord, Status, Tier, ToolResult
 from toolfleet.services.background_jobs.task_worker import TaskWorker
-from toolfleet.services.tool_execution.local_runner import LocalToolRunner
+from toolfleet.services.tool_execution.local_runner import LocalTool, LocalToolRunner
 from toolfleet.settings import Settings
 
 FAILURES: dict[str, type[ToolFailure]] = {
@@ -46,8 +46,14 @@ class Bench:
     """``<tool_call_id>`` of every call that was cancelled."""
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     """What `hold` waits for."""
+    lookup: asyncio.Event = field(default_factory=asyncio.Event)
+    """What finding a tool waits for; set from the beginning."""
+    looking: int = 0
     at_once: int = 0
     most_at_once: int = 0
+
+    def __post_init__(self) -> None:
+        self.lookup.set()
 
     async def echo(self, args: dict[str, Any], context: CallContext) -> dict[str, Any]:
         self._began(context)
@@ -98,7 +104,20 @@ class Bench:
             tools[name] = (ToolSpec(name, "local", name, repeatable=True), function)
             tools[f"once_{name}"] = (ToolSpec(f"once_{name}", "local", name), function)
         tools["strict"] = (ToolSpec("strict", "local", "strict", input_schema=STRICT, repeatable=True), self.echo)
-        return LocalToolRunner(tools)
+        return BenchRunner(self, tools)
+
+
+class BenchRunner(LocalToolRunner):
+    """Finds tools as slowly as the bench says."""
+
+    def __init__(self, bench: Bench, tools: Mapping[str, tuple[ToolSpec, LocalTool]]) -> None:
+        super().__init__(tools)
+        self._bench = bench
+
+    async def describe(self, tool_name: str) -> ToolSpec:
+        self._bench.looking += 1
+        await self._bench.lookup.wait()
+        return await super().describe(tool_name)
 
 
 def _call(context: CallContext) -> str:

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from tests.background_jobs.harness import open_fleet, running_worker
-from tests.background_jobs.making import make_task
+from tests.background_jobs.making import make_task, told
 from tests.conftest import SettingsFactory
 from tests.support.waiting import wait_until
+from toolfleet.services.background_jobs.ports import Granted, Lease
 from toolfleet.services.background_jobs.redis_records import root_of
 from toolfleet.services.background_jobs.task_models import Status
 from toolfleet.settings import Settings
@@ -203,3 +204,54 @@ async def test_a_job_with_a_large_task_can_be_buried(settings: Settings) -> None
         (letter,) = page.entries
         assert (letter.job_id, letter.reason, letter.fence) == (job_id, "too_many_starts", 1)
         assert letter.payload == record.task.to_json()
+
+
+@pytest.mark.promise("G4")
+@pytest.mark.parametrize(("last", "status"), [("completed", Status.COMPLETED), ("failed", Status.FAILED)])
+async def test_a_job_whose_calls_all_have_results_ends_without_running_any(
+    settings: Settings, last: Any, status: Status
+) -> None:
+    async with open_fleet(settings, workers=0) as fleet:
+        task, store = make_task(2), fleet.core.store
+        answer = await store.claim(task, token="t", worker="dead", lease_ms=60_000, published_at=None)
+        assert isinstance(answer, Granted)
+        lease = Lease(task.job_id, answer.fence)
+        await store.progress(lease, told("c1"), 1)
+        await store.progress(lease, told("c2", status=last), 2)
+        await fleet.core.client.hset(f"{root_of(task.job_id)}:job:{task.job_id}", "lease_until", "1")
+        await fleet.core.queue.publish(task)
+        async with running_worker(settings, fleet.bench):
+            record = await fleet.over(task.job_id)
+        assert (record.status, record.starts, fleet.bench.started) == (status, 2, [])
+        assert record.completed_calls + record.failed_calls == 2
+
+
+@pytest.mark.promise("G8")
+@pytest.mark.parametrize("tool", ["hold", "once_hold"])
+async def test_a_job_is_cancelled_while_its_tool_is_looked_up(settings: Settings, tool: str) -> None:
+    async with open_fleet(settings) as fleet:
+        fleet.bench.lookup.clear()
+        job_id = await fleet.submit(tool)
+        await wait_until(lambda: fleet.bench.looking, "the tool is looked up")
+        receipt = await fleet.service.cancel(job_id)
+        assert (receipt.outcome, receipt.reached) == ("cancelled", "worker")
+        assert fleet.bench.started == []
+        assert (await fleet.log(job_id))[-1].data["tool_stopped"] == "nothing_was_running"
+
+
+@pytest.mark.promise("G10")
+async def test_a_worker_that_leaves_hands_back_what_it_never_began(
+    make_settings: SettingsFactory, nats_url: str, redis_url: str
+) -> None:
+    settings = make_settings(nats_url=nats_url, redis_url=redis_url, drain_timeout=0.2)
+    async with open_fleet(settings, workers=0) as fleet:
+        fleet.bench.lookup.clear()
+        job_id = await fleet.submit("once_echo")
+        async with running_worker(settings, fleet.bench):
+            await wait_until(lambda: fleet.bench.looking, "the tool is looked up")
+        record = await fleet.record(job_id)
+        assert (record.status, record.starts, record.last_event) == (Status.QUEUED, 0, 3)
+        fleet.bench.lookup.set()
+        async with running_worker(settings, fleet.bench):
+            assert (await fleet.over(job_id)).status is Status.COMPLETED
+        assert fleet.bench.started == ["c1:2"]

@@ -9,14 +9,25 @@ from dataclasses import dataclass, field
 import pytest
 
 from tests.background_jobs.making import ERROR, make_task, result
+from toolfleet.services.background_jobs.attempt import Attempt, AttemptRules
 from toolfleet.services.background_jobs.attempt_log import AttemptLog
 from toolfleet.services.background_jobs.call_run import CallOutcome
 from toolfleet.services.background_jobs.errors import StoreError, StoreUnavailable
-from toolfleet.services.background_jobs.ports import Changes, Granted, Lease, MarkAnswer, RenewAnswer, WriteAnswer
+from toolfleet.services.background_jobs.ports import (
+    Changes,
+    Granted,
+    Lease,
+    MarkAnswer,
+    RenewAnswer,
+    ToolSpec,
+    WriteAnswer,
+)
+from toolfleet.services.background_jobs.retry_policy import RetryPolicy
 from toolfleet.services.background_jobs.store_gate import StoreGate
-from toolfleet.services.background_jobs.task_lease import LeaseKeeper
+from toolfleet.services.background_jobs.task_lease import Held, LeaseKeeper
 from toolfleet.services.background_jobs.task_models import ToolCall
-from toolfleet.services.background_jobs.transitions import CallEnd, Stop
+from toolfleet.services.background_jobs.transitions import CallEnd, Failed, HandedBack, Lost, Stop
+from toolfleet.services.tool_execution.local_runner import LocalToolRunner
 
 
 async def a_few_turns() -> None:
@@ -259,7 +270,7 @@ def telling(notebook: Notebook, *, interval: float, on_lost: Callable[[], None] 
     return AttemptLog(notebook, gate, Lease(task.job_id, 1), task, granted, interval, on_lost)
 
 
-CALL = ToolCall(tool_call_id="c1", tool_name="crawl")
+CALL = ToolCall(tool_call_id="c1", tool_name="echo")
 OTHER = ToolCall(tool_call_id="c2", tool_name="echo")
 DONE = CallOutcome(CallEnd.COMPLETED, result("c1"))
 
@@ -272,7 +283,7 @@ async def test_of_much_progress_the_last_state_is_told_and_how_much_was_left_out
     log.progress(OTHER, 1, None, None)
     changes = await notebook.next_write()
     assert [dict(event.data) for event in changes.events] == [
-        {"tool_call_id": "c1", "tool_name": "crawl", "progress": 5, "total": 10, "message": "page 5", "coalesced": 4},
+        {"tool_call_id": "c1", "tool_name": "echo", "progress": 5, "total": 10, "message": "page 5", "coalesced": 4},
         {"tool_call_id": "c2", "tool_name": "echo", "progress": 1},
     ]
     assert (changes.percent, changes.message, changes.current_tool) == (25.0, "page 5", "echo")
@@ -341,3 +352,49 @@ async def test_how_a_call_failed_is_told() -> None:
     assert (retry.data["will_retry"], "outcome" in retry.data) == (True, False)
     assert (unknown.data["will_retry"], unknown.data["outcome"]) == (False, "unknown")
     assert unknown.data["error"] == {"code": "tool_failed", "message": "it failed"}
+
+
+# -- an attempt ------------------------------------------------------------------------------------------------------
+
+
+class SlowStore(Notebook):
+    """Takes the mark of a call, and does not answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.marks: list[str] = []
+
+    async def mark_start(self, lease: Lease, call: ToolCall, lease_ms: int) -> MarkAnswer:
+        self.marks.append(call.tool_call_id)
+        self.news.set()
+        await asyncio.Event().wait()
+        return "ok"
+
+    async def withdraw_mark(self, lease: Lease, tool_call_id: str) -> WriteAnswer:
+        self.marks.remove(tool_call_id)
+        return "ok"
+
+
+@pytest.mark.promise("G5")
+@pytest.mark.parametrize("why", [Stop.DRAIN, Stop.TIMEOUT, Stop.LOST])
+async def test_the_mark_of_a_call_that_was_never_sent_is_taken_back(why: Stop) -> None:
+    async def never(_args: object, _context: object) -> str:
+        pytest.fail("the call was sent")
+
+    store, task = SlowStore(), make_task(tools=(CALL,))
+    attempt = Attempt(
+        task,
+        Granted(task.job_id, 1, 1, 0, 60_000, {}, frozenset()),
+        store=store,
+        gate=StoreGate(a_few_turns),
+        runner=LocalToolRunner({"echo": (ToolSpec("echo", "local", "echo"), never)}),
+        rules=AttemptRules(30_000, 60, 8, 0.2, RetryPolicy()),
+    )
+    run = asyncio.create_task(attempt.run(Held(attempt, float("inf"))))
+    async with asyncio.timeout(5):
+        await store.news.wait()
+        attempt.stop(why)
+        outcome, _ = await run
+    # An attempt that has lost its job may not even take that back.
+    assert store.marks == (["c1"] if why is Stop.LOST else [])
+    assert type(outcome) is {Stop.DRAIN: HandedBack, Stop.TIMEOUT: Failed, Stop.LOST: Lost}[why]

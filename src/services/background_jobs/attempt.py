@@ -62,6 +62,7 @@ class Attempt:
         self._ends: dict[str, CallEnd] = {}
         self._errors: dict[str, ErrorInfo] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._marked: set[str] = set()
         self._sent: set[str] = set()
         self._stop: Stop | None = None
         self._open_calls = 0
@@ -110,6 +111,7 @@ class Attempt:
             timer.cancel()
             for task in self._tasks.values():
                 task.cancel()
+        await self._withdraw_unsent()
         return self._conclude(still_running), await self._log.take()
 
     def _call_done(self, _: asyncio.Task[None]) -> None:
@@ -174,6 +176,7 @@ class Attempt:
             self._log.started(call)
         else:
             asked_at = self._clock()
+            self._marked.add(call.tool_call_id)
             answer = await self._gate.insist(lambda: self._store.mark_start(self.lease, call, self._rules.lease_ms))
             if answer == "cancel":
                 self.stop(Stop.CANCEL)
@@ -187,8 +190,16 @@ class Attempt:
             raise LeaseLost
         self._sent.add(call.tool_call_id)
 
+    async def _withdraw_unsent(self) -> None:
+        """A call that was stopped between its mark and its sending may run: the next attempt must not take it for one
+        whose outcome is not known."""
+        for call in self.task.tools:
+            if self._stop is not Stop.LOST and call.tool_call_id in self._marked - self._sent:
+                await self._withdraw(call)
+
     async def _withdraw(self, call: ToolCall) -> None:
         self._sent.discard(call.tool_call_id)
+        self._marked.discard(call.tool_call_id)
         await self._gate.insist(lambda: self._store.withdraw_mark(self.lease, call.tool_call_id))
 
     def _end(self, call: ToolCall, outcome: CallOutcome, duration_ms: int) -> None:
