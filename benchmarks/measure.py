@@ -21,6 +21,8 @@ ARGUMENT = "a" * 200
 IN_FLIGHT = 128
 """Submits at once: enough to keep the publish acks coming, as a busy API would."""
 SLOTS = 100
+LONGEST_S = 120
+"""Of one run; a benchmark that hangs says so instead."""
 POLL_S = 0.02
 """Between two looks at whether all is done: a hundredth of a run, and little work beside it."""
 
@@ -41,8 +43,9 @@ async def floor_rate(stack: Stack, jobs: int) -> float:
     async with child("benchmarks.floor", arguments, {}):
         started = time.perf_counter()
         submitting = asyncio.create_task(floor.submit(stack.nats_url, jobs, IN_FLIGHT))
-        while await client.dbsize() < 2 * jobs:
-            await asyncio.sleep(POLL_S)
+        async with asyncio.timeout(LONGEST_S):
+            while await client.dbsize() < 2 * jobs:
+                await asyncio.sleep(POLL_S)
         seconds = time.perf_counter() - started
         await submitting
     await client.aclose()
@@ -73,10 +76,11 @@ async def fleet_seconds(wired: Wired, new: NewJob, jobs: int) -> float:
     before = await completed(wired)
     started = time.perf_counter()
     submitting = asyncio.create_task(submit_many(wired.service, new, jobs))
-    while await completed(wired) < before + jobs:
-        if submitting.done() and submitting.exception() is not None:
-            break
-        await asyncio.sleep(POLL_S)
+    async with asyncio.timeout(LONGEST_S):
+        while await completed(wired) < before + jobs:
+            if submitting.done() and submitting.exception() is not None:
+                break
+            await asyncio.sleep(POLL_S)
     seconds = time.perf_counter() - started
     await submitting
     return seconds

@@ -198,6 +198,38 @@ async def test_an_attempt_whose_job_was_claimed_again_by_the_same_process_is_sto
             assert held.deadline == 1040.0
 
 
+@pytest.mark.promise("G8")
+async def test_cancels_that_could_have_been_missed_are_asked_for_at_once() -> None:
+    keeping = Keeping()
+    keeping.answers = {"a": "cancel"}
+    holder = Holder(Lease("a", 1))
+    run = asyncio.create_task(keeping.keeper.run())
+    with keeping.keeper.attempt(holder, 1000.0):
+        await a_few_turns()
+        assert holder.stops == [], "the next renewal is 10 s away"
+        keeping.keeper.cancel(None)
+        await a_few_turns()
+        assert holder.stops == [Stop.CANCEL]
+    run.cancel()
+    await asyncio.gather(run, return_exceptions=True)
+
+
+@pytest.mark.promise("G8")
+@pytest.mark.parametrize("answer", ["cancel", "held"])
+async def test_a_cancel_that_comes_before_the_answer_of_its_claim_is_asked_for(answer: RenewAnswer) -> None:
+    keeping = Keeping()
+    keeping.answers = {"a": answer}
+    holder = Holder(Lease("a", 1))
+    run = asyncio.create_task(keeping.keeper.run())
+    await a_few_turns()
+    keeping.keeper.cancel("a")
+    with keeping.keeper.attempt(holder, 1000.0):
+        await a_few_turns()
+        assert holder.stops == ([Stop.CANCEL] if answer == "cancel" else []), "as the store says"
+    run.cancel()
+    await asyncio.gather(run, return_exceptions=True)
+
+
 class Message:
     """A delivery whose `in_progress` may hang."""
 

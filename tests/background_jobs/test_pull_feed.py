@@ -42,15 +42,24 @@ class Hands:
 
 
 @contextlib.asynccontextmanager
-async def feeding(settings: Settings, slots: int) -> AsyncIterator[tuple[Core, PullFeed, Hands]]:
+async def feeding(
+    settings: Settings, slots: int, *, last: int | None = None
+) -> AsyncIterator[tuple[Core, PullFeed, Hands]]:
+    """A feed that runs until the end of the block, or until its `last` message is there."""
     async with open_core(settings, name="test") as core:
         hands = Hands(slots)
+
+        def take(delivery: NatsDelivery) -> None:
+            hands.take(delivery)
+            if hands.taken == last:
+                run.cancel()
+
         feed = PullFeed(
             core.connection,
             settings.stream,
             core.queue.names.consumer(Tier.NORMAL),
             credits=hands.credits,
-            deliver=hands.take,
+            deliver=take,
             on_consumer_gone=core.queue.ensure,
         )
         run = asyncio.create_task(feed.run())
@@ -206,6 +215,18 @@ async def test_a_message_that_is_kept_in_progress_is_not_given_to_others(own_set
         assert hands.taken + other.taken == 1
         await holder.held.pop().ack()
         await core.connection.client.flush()
+
+
+@pytest.mark.promise("G10")
+@pytest.mark.leaves_messages
+async def test_a_pull_that_ends_takes_what_is_on_its_way(settings: Settings) -> None:
+    async with open_core(settings, name="publisher") as core:
+        await asyncio.gather(*(core.queue.publish(make_task()) for _ in range(300)))
+        async with feeding(settings, 300, last=1) as (_, _, hands):
+            await wait_until(lambda: hands.taken, "the first message arrives")
+        # Whatever was given out is in hand; the rest is free for others now, not after ack_wait.
+        consumer = await core.queue._admin.api(f"CONSUMER.INFO.{settings.stream}.workers-normal")
+        assert consumer["num_ack_pending"] == hands.taken > 0
 
 
 @pytest.mark.parametrize(

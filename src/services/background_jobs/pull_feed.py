@@ -13,6 +13,7 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+import nats.errors
 import structlog
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
@@ -29,6 +30,8 @@ SILENCE_S: Final = 2.5
 EXPIRES_S: Final = 30.0
 """JetStream needs an expiry above twice the heartbeat; at its end it says 408 and the pull is made anew."""
 CHECK_S: Final = 0.5
+END_S: Final = 1.0
+"""For the server's last word when the pull ends."""
 REFUSED_PAUSES_S: Final = (0.5, 0.5, 1.0, 2.0, 5.0)
 """After refusals in a row; the last one repeats. Asked again at once, a server that refuses would be asked as fast as
 it answers."""
@@ -137,7 +140,7 @@ class PullFeed:
                     await self._reopen("asked" if self._renew else "silence")
         finally:
             self._running = False
-            await self._close()
+            await self._end()
 
     async def _make_consumer(self) -> None:
         try:
@@ -167,6 +170,18 @@ class PullFeed:
         log.info("pull.renewed", why=why, subject=self._subject)
         await self._close()
         await self._open()
+
+    async def _end(self) -> None:
+        """Ask for nothing more, and deliver what is on its way: others would get it only after ack_wait."""
+        if self._subscription is not None and self._connection.connected:
+            try:
+                async with asyncio.timeout(END_S):
+                    await self._subscription.drain()  # type: ignore[no-untyped-call]
+            except (nats.errors.Error, OSError, TimeoutError) as error:
+                log.debug("pull.not_drained", error=str(error) or type(error).__name__)
+            else:
+                self._subscription = None
+        await self._close()
 
     async def _close(self) -> None:
         subscription, self._subscription = self._subscription, None

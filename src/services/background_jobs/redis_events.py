@@ -159,11 +159,14 @@ class RedisEventFeed:
         finally:
             await self.unlisten(channel, watch.push)
 
-    async def on_cancel(self, worker: str, cancel: Callable[[str], object]) -> None:
-        """Call back with the id of each job of this worker that is to be cancelled. Renewal covers what is missed."""
+    async def on_cancel(self, worker: str, cancel: Callable[[str | None], object]) -> None:
+        """Call back with the id of each job of this worker that is to be cancelled, and with None after every
+        connection: some could have been missed."""
 
         def heard(message: str | None) -> None:
-            if message is not None and message.startswith("cancel "):
+            if message is None:
+                cancel(None)
+            elif message.startswith("cancel "):
                 cancel(message.removeprefix("cancel "))
 
         await self.listen(f"tf:ctl:{worker}", heard)

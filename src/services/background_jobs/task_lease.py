@@ -57,6 +57,9 @@ class LeaseKeeper:
         self._clock = clock
         self._held: dict[str, Held] = {}
         self._deliveries: set[Delivery] = set()
+        self._asked = asyncio.Event()
+        self._early: set[str] = set()
+        """Cancelled jobs that are not held: over already, or the answer to their claim is on its way."""
 
     @property
     def lease_ms(self) -> int:
@@ -83,22 +86,33 @@ class LeaseKeeper:
             # The claim that made this attempt took the job from that one.
             earlier.attempt.stop(Stop.LOST)
         self._held[attempt.lease.job_id] = held
+        if attempt.lease.job_id in self._early:
+            # Not stopped on that word alone: it may have been about an earlier attempt. The renewal tells.
+            self._asked.set()
         try:
             yield held
         finally:
             if self._held.get(attempt.lease.job_id) is held:
                 del self._held[attempt.lease.job_id]
 
-    def cancel(self, job_id: str) -> None:
-        """A cancel request was heard of by Pub/Sub."""
-        if held := self._held.get(job_id):
+    def cancel(self, job_id: str | None) -> None:
+        """A cancel request was heard of by Pub/Sub; None where some could have been missed, so that a renewal asks."""
+        if job_id is None:
+            self._asked.set()
+        elif held := self._held.get(job_id):
             held.attempt.stop(Stop.CANCEL)
+        else:
+            self._early.add(job_id)
 
     async def run(self) -> None:
         """Renew until cancelled."""
         interval = min(self.lease_s, self._ack_wait) / 3
         while True:
-            await asyncio.sleep(interval)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(interval):
+                    await self._asked.wait()
+            self._asked.clear()
+            self._early.clear()
             await self.renew_all()
 
     async def watch_deadlines(self) -> None:

@@ -60,7 +60,7 @@ class TaskWorker:
         keeper: LeaseKeeper,
         gate: StoreGate,
         make_feed: FeedFactory,
-        listen_for_cancels: Callable[[str, Callable[[str], object]], Coroutine[Any, Any, None]],
+        listen_for_cancels: Callable[[str, Callable[[str | None], object]], Coroutine[Any, Any, None]],
         recovery_interval_s: float,
         drain_timeout_s: float,
         version: str,
@@ -134,7 +134,8 @@ class TaskWorker:
             "report": self._report.run(),
             "reconcile": self._reconciler.run(),
         }
-        loops = {asyncio.create_task(loop, name=name) for name, loop in background.items()}
+        named = {name: asyncio.create_task(loop, name=name) for name, loop in background.items()}
+        loops = set(named.values())
         stop = asyncio.create_task(self._stop.wait(), name="stop")
         log.info("worker.started", worker=self.worker_id, tier=self._tier.value, slots=self._slots)
         code = 0
@@ -145,6 +146,9 @@ class TaskWorker:
                 log.error("worker.loop_broke", loop=ended.get_name(), exc_info=ended.exception())
                 code = 1
             self._stop.set()
+            # The pull ends first: what it still brings is handed back, and nothing comes to a worker that leaves.
+            named["pull"].cancel()
+            await asyncio.wait([named["pull"]])
             await self._drain()
         finally:
             stop.cancel()
