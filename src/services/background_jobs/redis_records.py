@@ -109,6 +109,9 @@ def record_from(job_id: str, fields: Mapping[str, str]) -> JobRecord:
     if int(fields.get("v", 1)) > RECORD_VERSION:
         raise StoreError(f"the record of {job_id} has version {fields['v']}; this program knows {RECORD_VERSION}")
 
+    if "task" not in fields:
+        raise StoreError(f"the record of {job_id} is damaged: it holds no task; the reconciler ends it as lost")
+
     def number(name: str) -> int | None:
         return int(float(fields.get(name) or 0)) or None
 
