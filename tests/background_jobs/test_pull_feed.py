@@ -66,6 +66,10 @@ async def feeding(
         try:
             yield core, feed, hands
         finally:
+            if last is None:
+                run.cancel()
+            # Cancelled once: a second time would cut off how it ends.
+            await asyncio.wait([run], timeout=10)
             run.cancel()
             await asyncio.gather(run, return_exceptions=True)
 
