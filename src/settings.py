@@ -119,7 +119,7 @@ class Settings(BaseSettings):
     lease: Seconds = 30
     """How long an attempt holds its job without a renewal; renewed every third of it."""
     drain_timeout: Seconds = 30
-    """From SIGTERM to the moment at which running jobs are handed back."""
+    """From SIGTERM to the end; jobs that still run are handed back 5 s before it, or after half of it."""
     progress_interval: float = Field(0.2, ge=0)
     """Least time between two `tool.progress` events of one call; the last state is always sent."""
     recovery_check_interval: Seconds = Field(

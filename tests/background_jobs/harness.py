@@ -20,7 +20,7 @@ from toolfleet.services.background_jobs.errors import (
 from toolfleet.services.background_jobs.job_request import NewJob
 from toolfleet.services.background_jobs.job_service import JobService
 from toolfleet.services.background_jobs.ports import CallContext, ToolSpec
-from toolfleet.services.background_jobs.task_models import JobEvent, JobRecord, Status, Tier, ToolResult
+from toolfleet.services.background_jobs.task_models import JobEvent, JobRecord, Status, Tier, ToolCall, ToolResult
 from toolfleet.services.background_jobs.task_worker import TaskWorker
 from toolfleet.services.tool_execution.local_runner import LocalTool, LocalToolRunner
 from toolfleet.settings import Settings
@@ -48,12 +48,17 @@ class Bench:
     """What `hold` waits for."""
     lookup: asyncio.Event = field(default_factory=asyncio.Event)
     """What finding a tool waits for; set from the beginning."""
+    session: asyncio.Event = field(default_factory=asyncio.Event)
+    """What a call waits for before it is sent, as for a session with a tool server; set from the beginning."""
+    waiting: int = 0
+    """Calls that have waited for it."""
     looking: int = 0
     at_once: int = 0
     most_at_once: int = 0
 
     def __post_init__(self) -> None:
         self.lookup.set()
+        self.session.set()
 
     async def echo(self, args: dict[str, Any], context: CallContext) -> dict[str, Any]:
         self._began(context)
@@ -118,6 +123,11 @@ class BenchRunner(LocalToolRunner):
         self._bench.looking += 1
         await self._bench.lookup.wait()
         return await super().describe(tool_name)
+
+    async def run(self, spec: ToolSpec, call: ToolCall, context: CallContext) -> ToolResult:
+        self._bench.waiting += 1
+        await self._bench.session.wait()
+        return await super().run(spec, call, context)
 
 
 def _call(context: CallContext) -> str:

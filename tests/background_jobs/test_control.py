@@ -143,7 +143,44 @@ async def test_cancelling_a_running_job_stops_its_tool_and_frees_the_slot(
         assert kinds.count("job.cancelling") == 2, "requested, and heard by the worker"
         assert kinds[-1] == "job.cancelled"
         assert (await fleet.over(await fleet.submit("echo"))).status is Status.COMPLETED
-        assert (await fleet.service.cancel(job_id)).outcome == "already_cancelled"
+        again = await fleet.service.cancel(job_id)
+        assert (again.outcome, again.reached) == ("already_cancelled", "tool")
+        await fleet.queue_is_empty()
+
+
+@pytest.mark.promise("G5")
+@pytest.mark.promise("G8")
+@pytest.mark.parametrize("stopped_by", ["cancel", "timeout"])
+async def test_a_call_that_was_stopped_before_it_was_sent_is_not_taken_for_one_that_ran(
+    settings: Settings, stopped_by: str
+) -> None:
+    async with open_fleet(settings) as fleet:
+        fleet.bench.session.clear()
+        job_id = await fleet.submit("once_echo", timeout_seconds=0.5 if stopped_by == "timeout" else 60)
+        await wait_until(lambda: fleet.bench.waiting, "the call waits for a session")
+        if stopped_by == "cancel":
+            receipt = await fleet.service.cancel(job_id)
+            assert (receipt.outcome, receipt.reached) == ("cancelled", "worker")
+        ended = await fleet.over(job_id)
+        assert ended.status is (Status.CANCELLED if stopped_by == "cancel" else Status.FAILED)
+        fleet.bench.session.set()
+        await fleet.service.retry(job_id)
+        assert (await fleet.over(job_id)).status is Status.COMPLETED
+        assert fleet.bench.started == ["c1:2"]
+        await fleet.queue_is_empty()
+
+
+async def test_the_retry_of_a_synchronous_run_is_in_the_queue_at_once(
+    make_settings: SettingsFactory, nats_url: str, redis_url: str
+) -> None:
+    settings = make_settings(nats_url=nats_url, redis_url=redis_url, retry_delays="0.1")
+    async with open_fleet(settings, workers=0, runs_jobs=True) as fleet:
+        submission = await fleet.service.submit(job(("fail", {"how": "lost", "times": 1}), mode="sync"))
+        assert submission.record is not None
+        assert (submission.record.status, submission.ran) == (Status.QUEUED, False)
+        assert await fleet.core.queue.stands(submission.job_id)
+        async with running_worker(settings, fleet.bench):
+            assert (await fleet.over(submission.job_id)).status is Status.COMPLETED
         await fleet.queue_is_empty()
 
 

@@ -72,7 +72,7 @@ async def test_a_newer_task_is_handed_back_for_a_newer_worker(settings: Settings
         assert (await fleet.over(later)).status is Status.COMPLETED
 
         async def handed_back() -> bool:
-            return fleet.workers[0]._done == 2
+            return not fleet.workers[0]._jobs
 
         await wait_until(handed_back, "both were dealt with")
         assert await fleet.core.queue.stands(task.job_id)

@@ -155,6 +155,7 @@ class Attempt:
                     rules=CallRules(self._rules.call_timeout_s, self._may_retry()),
                     on_progress=lambda done, total, text: self._log.progress(call, done, total, text),
                     begin=self._begin,
+                    before_send=lambda: self._before_send(call),
                     withdraw=self._withdraw,
                 )
             except LeaseLost:
@@ -185,7 +186,10 @@ class Attempt:
                 raise LeaseLost
             if self._held is not None:
                 self._held.deadline = max(self._held.deadline, asked_at + self._rules.lease_ms / 1000)
-        # The last check before the call, by our own clock: a process that was stopped in between sees it here.
+
+    def _before_send(self, call: ToolCall) -> None:
+        # The last check before the call, by our own clock: a process that was stopped since its mark, or that waited
+        # for a session with the tool's server, sees it here.
         if self._held is not None and self._clock() >= self._held.deadline:
             raise LeaseLost
         self._sent.add(call.tool_call_id)

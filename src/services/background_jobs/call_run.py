@@ -54,6 +54,7 @@ async def run_call(
     rules: CallRules,
     on_progress: ProgressSink,
     begin: Callable[[ToolCall, ToolSpec], Awaitable[None]],
+    before_send: Callable[[], None],
     withdraw: Callable[[ToolCall], Awaitable[None]],
 ) -> CallOutcome:
     """Run one call.
@@ -61,10 +62,11 @@ async def run_call(
     Args:
         begin: told before the call is sent; for a call that must not run twice it writes the start and raises
             `LeaseLost` where the attempt no longer holds the job.
+        before_send: told by the runner right before the call may reach the tool; raises `LeaseLost` likewise.
         withdraw: takes such a start back, for a call that was surely not sent.
 
     Raises:
-        LeaseLost: from `begin`.
+        LeaseLost: from `begin` or `before_send`.
         asyncio.CancelledError: the attempt was stopped; the runner has told the tool's server.
     """
     try:
@@ -74,7 +76,7 @@ async def run_call(
     except ToolUnavailable as error:
         return _judge(call, attempt, error, repeatable=True, rules=rules)
     await begin(call, spec)
-    context = CallContext(job_id, attempt, f"{job_id}:{call.tool_call_id}", rules.timeout_s, on_progress)
+    context = CallContext(job_id, attempt, f"{job_id}:{call.tool_call_id}", rules.timeout_s, on_progress, before_send)
     try:
         async with asyncio.timeout(rules.timeout_s + RUNNER_GRACE_S):
             result = await runner.run(spec, call, context)

@@ -29,6 +29,15 @@ log = structlog.get_logger(__name__)
 CANCEL_RECEIPT_S: Final = 1.0
 """How long a cancel waits for the worker's word (G8)."""
 REOPEN_TRIES: Final = 3
+INSTEAD: Final = {
+    Status.QUEUED.value: "it will run; cancel it if it should not",
+    Status.RUNNING.value: "wait for its end, or cancel it",
+    Status.COMPLETED.value: "every call has a result, so there is nothing to run or to decide",
+    Status.FAILED.value: "no outcome is unknown; POST …/retry runs what failed",
+    Status.CANCELLED.value: "no outcome is unknown; POST …/retry runs what was not done",
+    Status.UNKNOWN.value: "decide the calls whose outcome is not known with POST …/resolve",
+}
+"""What helps where a job's status does not allow what was asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +90,7 @@ class JobControl:
                     raise JobNotFound(f"there is no job {job_id}", job_id=job_id)
                 answer = await self._store.cancel(job_id, reason, view.task)
             if answer.found == "already_cancelled":
-                return CancelReceipt("already_cancelled", "queued", Status.CANCELLED)
+                return await self._earlier_receipt(job_id, view)
             if answer.found == "ended":
                 return CancelReceipt("ended", "queued", answer.status or Status.COMPLETED)
             if answer.found == "cancelled_now":
@@ -89,6 +98,16 @@ class JobControl:
                 return CancelReceipt("cancelled", "queued", Status.CANCELLED)
             told = view.record.last_event if view.record is not None else 0
             return await self._receipt(job_id, watch, told, answer.worker)
+
+    async def _earlier_receipt(self, job_id: str, view: JobView) -> CancelReceipt:
+        """How far the cancel got that ended the job, as its last event tells."""
+        last = await self._store.events(job_id, max(0, view.record.last_event - 1)) if view.record else ()
+        data = last[-1].data if last and last[-1].type is EventType.JOB_CANCELLED else {}
+        far = data.get("reached")
+        reached: Literal["queued", "worker", "tool"] = "tool" if far == "tool" else "worker" if far else "queued"
+        still = data.get("still_running")
+        left_behind = tuple(map(str, still)) if isinstance(still, list) else ()
+        return CancelReceipt("already_cancelled", reached, Status.CANCELLED, left_behind)
 
     async def _purge(self, job_id: str) -> None:
         try:
@@ -166,7 +185,9 @@ class JobControl:
                 raise JobNotFound(f"there is no record of {job_id}", job_id=job_id)
             case "not_allowed":
                 status = answer.status.value if answer.status else "?"
-                raise IllegalMove(f"job {job_id} is {status}, which does not allow this", status=status)
+                raise IllegalMove(
+                    f"job {job_id} is {status}: {INSTEAD.get(status, 'this is not possible')}", status=status
+                )
             case "decided_already":
                 raise IllegalMove(f"this call of {job_id} was decided already; a decision counts once")
             case "no_such_call":

@@ -422,6 +422,9 @@ class CallContext:
     """``job_id:tool_call_id``: the same in every attempt."""
     timeout_s: float
     on_progress: ProgressSink
+    before_send: Callable[[], None] = lambda: None
+    """To be called right before the call may reach the tool, each time it is sent: from then on its outcome is not
+    known without an answer. Raises `LeaseLost` where the attempt may have lost its lease, and nothing may be sent."""
 
 
 class ToolRunner(Protocol):
@@ -436,7 +439,7 @@ class ToolRunner(Protocol):
         """
 
     async def run(self, spec: ToolSpec, call: ToolCall, context: CallContext) -> ToolResult:
-        """Run one call. Cancelling the task tells the tool's server.
+        """Run one call, with ``context.before_send`` before it is sent. Cancelling the task tells the tool's server.
 
         Raises:
             ToolFailure: one of its subclasses; `sent` and `answered` say what is known of the outcome.

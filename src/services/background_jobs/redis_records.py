@@ -79,13 +79,13 @@ def granted_from(task: TaskDefinition, reply: Sequence[str]) -> Granted:
         dead = ErrorInfo(
             code="too_many_starts",
             message="the job was started too often without an end: its workers died or were cut off while it ran. "
-            "Look at the workers' logs, then redrive it from the dead letters",
+            f"Look at the workers' logs, then run it again with POST /api/v1/jobs/{task.job_id}/retry",
         )
     elif reply[4] == "stale":
         dead = ErrorInfo(
             code="stale",
             message="the message is older than the time for which results are kept and has no record, so it may have "
-            "run already; redrive it from the dead letters if it has not",
+            f"run already; if it has not, run it with POST /api/v1/jobs/{task.job_id}/retry",
         )
     calls = reply[5:]
     return Granted(

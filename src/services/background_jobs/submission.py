@@ -14,6 +14,7 @@ from toolfleet.services.background_jobs.errors import (
     QueueFull,
     QueueUnavailable,
     StoreUnavailable,
+    ToolfleetError,
 )
 from toolfleet.services.background_jobs.job_request import NewJob, make_task
 from toolfleet.services.background_jobs.ports import Granted, JobQueue, JobStore, ToolCatalogue, ToolSpec
@@ -144,9 +145,8 @@ class Submitter:
             try:
                 spec = await self._catalogue.find(call.tool_name)
                 self._check_arguments(spec, call.tool_args)
-            except Exception as error:
-                if hasattr(error, "details"):
-                    error.details["tool_call_id"] = call.tool_call_id
+            except ToolfleetError as error:
+                error.details["tool_call_id"] = call.tool_call_id
                 raise
 
     async def _standing(self, task: TaskDefinition) -> Submission | None:

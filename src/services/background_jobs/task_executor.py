@@ -179,6 +179,13 @@ class JobExecutor:
         finally:
             self._attempts.discard(attempt)
 
+    async def _queue_again(self, task: TaskDefinition) -> None:
+        """What a synchronous run leaves to others has no message yet; step 3 hands it back until it is due."""
+        try:
+            await self._queue.publish(task, again=True)
+        except QueueError as error:
+            log.warning("sync.publish_deferred", job_id=task.job_id, error=str(error), hint="the reconciler will do it")
+
     async def _dead(self, task: TaskDefinition, granted: Granted, error: ErrorInfo) -> tuple[Outcome, Changes]:
         """Step 9: the dead letter is stored before the job ends."""
         letter = DeadLetter(task.job_id, granted.fence, error.code, error.message, task.to_json())
@@ -205,9 +212,12 @@ class JobExecutor:
                 answer = "cancelled" if written == "ok" else "lost"
         if answer == "lost":
             log.warning("attempt.write_refused", job_id=lease.job_id, fence=lease.fence, outcome=name)
-        elif delivery is not None and answer == "cancelled":
+        elif delivery is None:
+            if answer == "ok":
+                await self._queue_again(attempt.task)
+        elif answer == "cancelled":
             await delivery.ack()
-        elif delivery is not None:
+        else:
             await delivery.nak(spread_ms(delay_ms, self._chance()) / 1000 if delay_ms else 0)
 
 

@@ -26,6 +26,10 @@ log = structlog.get_logger(__name__)
 
 HAND_BACK_S: Final = 5.0
 """Of the drain time, what is kept for stopping calls and handing jobs back."""
+ONE_SIGNAL_S: Final = 0.2
+"""Signals closer than this are one: a process group and its leader are often both signalled, by `timeout` for one."""
+ENDED: Final = ("completed", "failed", "cancelled", "unknown")
+"""Outcomes that end a job; a retry, a hand-back and a lost attempt do not."""
 
 
 class Feed(Protocol):
@@ -37,9 +41,6 @@ class Feed(Protocol):
     async def run(self) -> None:
         """Pull until cancelled."""
 
-
-ONE_SIGNAL_S: Final = 0.2
-"""Signals closer than this are one: a process group and its leader are often both signalled, by `timeout` for one."""
 
 FeedFactory = Callable[[Callable[[], int], Callable[[Delivery], None]], Feed]
 """Makes the feed from ``credits`` and ``deliver``."""
@@ -80,7 +81,6 @@ class TaskWorker:
         self._version = version
         self._jobs: set[asyncio.Task[None]] = set()
         self._started_at = int(time.time() * 1000)
-        self._done = 0
         self._state = "starting"
         self._asked_at: float | None = None
         self._stop = asyncio.Event()
@@ -109,7 +109,6 @@ class TaskWorker:
 
     def _ended(self, job: asyncio.Task[None]) -> None:
         self._jobs.discard(job)
-        self._done += 1
         if not job.cancelled() and (error := job.exception()):
             # The job is not lost: its lease ends, its message comes again, and its start was counted.
             log.error("worker.job_broke", subject=job.get_name(), exc_info=error)
@@ -157,7 +156,7 @@ class TaskWorker:
             await asyncio.gather(*loops, *self._jobs, return_exceptions=True)
             self._state = "stopped"
             await self._report.retire()
-        log.info("worker.stopped", worker=self.worker_id, jobs=self._done, code=code)
+        log.info("worker.stopped", worker=self.worker_id, jobs=self._done(), code=code)
         return code
 
     def stop(self) -> None:
@@ -203,6 +202,10 @@ class TaskWorker:
 
     # -- what it says of itself ------------------------------------------------------------------------------
 
+    def _done(self) -> int:
+        """Jobs that ended here."""
+        return sum(self._executor.ended.get(outcome, 0) for outcome in ENDED)
+
     def _describe(self) -> tuple[WorkerInfo, Mapping[str, Any]]:
         state = self._state
         if state == "running" and not self._gate.is_open:
@@ -220,7 +223,7 @@ class TaskWorker:
             seen_at=int(time.time() * 1000),
             slots=self._slots,
             in_flight=len(self._jobs),
-            done=self._done,
+            done=self._done(),
             version=self._version,
             state=state,
         )

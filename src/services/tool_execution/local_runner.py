@@ -74,6 +74,7 @@ class LocalToolRunner:
         await self.find(spec.name)
         function = self._tools[spec.name][1]
         started = time.monotonic()
+        context.before_send()
         bound = asyncio.timeout(context.timeout_s)
         try:
             async with bound:

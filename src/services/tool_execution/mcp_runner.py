@@ -71,6 +71,7 @@ class McpToolRunner:
         while True:
             link = await self._servers.link(spec.server)
             session = await link.session(_left(started, context))
+            context.before_send()
             try:
                 raw = await session.call(
                     spec.tool,
