@@ -149,8 +149,9 @@ def _warnings(
         found.append("NATS can't be reached: figures of queue and dead letters are missing")
     if letters is not None and letters.bytes >= NEARLY_FULL * letters.max_bytes:
         found.append(
-            f"the dead letter stream is {100 * letters.bytes / letters.max_bytes:.0f} % full, and then the oldest "
-            "entries go: redrive or delete some, or raise TOOLFLEET_DLQ_MAX_BYTES"
+            f"the dead letter stream is {100 * letters.bytes / letters.max_bytes:.0f} % full; once it is full the oldest "
+            "entries go. List them with GET /api/v1/dead-letters or `toolfleet dlq list`, submit what is still wanted "
+            "again under a new Idempotency-Key, or raise TOOLFLEET_DLQ_MAX_BYTES"
         )
     for tier, figures in store.tiers.items():
         if figures.queued and not any(info.tier is tier for info in alive):

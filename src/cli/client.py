@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any, Final, Self
 from urllib.parse import urlsplit
@@ -12,14 +13,19 @@ from urllib.parse import urlsplit
 import httpx
 
 from toolfleet.cli.exits import FAILED, TRY_AGAIN, UNREACHABLE, USAGE, CliError
+from toolfleet.cli.output import say
 from toolfleet.cli.sse import ServerEvent, SseDecoder
 
 TERMINAL: Final = frozenset({"completed", "failed", "cancelled", "unknown"})
 
-REQUEST_TIMEOUT_S: Final = 60.0
+REQUEST_TIMEOUT_S: Final = 15.0
 """Above every wait of the API for its own parts; a synchronous job is not run from here."""
+CONNECT_TIMEOUT_S: Final = 5.0
+SAY_AFTER_S: Final = 3.0
+"""How long a request is waited for in silence."""
 STREAM_SILENCE_S: Final = 40.0
 """The API sends a heartbeat every 15 s: more than two missing ones mean a broken stream."""
+_TIMEOUT: Final = httpx.Timeout(REQUEST_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
 _RECONNECT_S: Final = (0.1, 0.3, 1.0, 2.0, 5.0)
 """Waits before a broken stream is opened again; the last one repeats."""
 
@@ -38,11 +44,25 @@ class ApiRefused(CliError):
 class ApiUnreachable(CliError):
     """There was no answer."""
 
-    def __init__(self, url: str, reason: str) -> None:
+    def __init__(self, url: str, reason: str, message: str | None = None) -> None:
         super().__init__(
-            f"the jobs API at {url} can't be reached ({reason}); start one with `toolfleet up`, or say where it is "
+            message
+            or f"the jobs API at {url} can't be reached ({reason}); start one with `toolfleet up`, or say where it is "
             "with --api or TOOLFLEET_API_URL",
             UNREACHABLE,
+        )
+
+
+class ApiSilent(ApiUnreachable):
+    """Something took the connection and did not answer: to start another API would not help."""
+
+    def __init__(self, url: str) -> None:
+        reason = "no answer in time"
+        super().__init__(
+            url,
+            reason,
+            f"the jobs API at {url} takes connections and does not answer in time: it hangs or is overloaded; see its "
+            "log and `toolfleet doctor`. Whether it did what it was asked to is not known",
         )
 
 
@@ -52,10 +72,11 @@ class JobsClient:
     Every method raises `ApiRefused` where the API says no, and `ApiUnreachable` where it says nothing.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, tell: Callable[[str], None] = say) -> None:
         """
         Args:
             url: of the API, with or without the path; ``http://host:port``.
+            tell: gets a line where an answer takes long.
 
         Raises:
             CliError: it is no HTTP URL.
@@ -66,7 +87,8 @@ class JobsClient:
         self.url = url.rstrip("/").removesuffix("/jobs").removesuffix(_PATH)
         # A proxy of the environment is for the way out, not for this machine.
         local = parts.hostname in ("127.0.0.1", "localhost", "::1")
-        self._http = httpx.AsyncClient(base_url=self.url, timeout=REQUEST_TIMEOUT_S, trust_env=not local)
+        self._http = httpx.AsyncClient(base_url=self.url, timeout=_TIMEOUT, trust_env=not local)
+        self._tell = tell
 
     async def __aenter__(self) -> Self:
         return self
@@ -147,9 +169,12 @@ class JobsClient:
 
     async def _stream(self, job_id: str, after: int) -> AsyncGenerator[ServerEvent, None]:
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": str(after)} if after else {})
-        timeout = httpx.Timeout(REQUEST_TIMEOUT_S, read=STREAM_SILENCE_S)
+        timeout = httpx.Timeout(REQUEST_TIMEOUT_S, connect=CONNECT_TIMEOUT_S, read=STREAM_SILENCE_S)
         url = f"{_PATH}/jobs/{job_id}/stream"
-        async with self._http.stream("GET", url, headers=headers, timeout=timeout) as response:
+        async with contextlib.AsyncExitStack() as stack:
+            with self._told_if_slow("GET", url, STREAM_SILENCE_S):
+                streamed = self._http.stream("GET", url, headers=headers, timeout=timeout)
+                response = await stack.enter_async_context(streamed)
             if response.status_code != httpx.codes.OK:
                 await response.aread()
                 raise self._refused(response)
@@ -172,7 +197,8 @@ class JobsClient:
         params: Mapping[str, Any] | None = None,
     ) -> tuple[int, dict[str, Any]]:
         try:
-            response = await self._http.request(method, path, json=body, headers=headers, params=params)
+            with self._told_if_slow(method, path, REQUEST_TIMEOUT_S):
+                response = await self._http.request(method, path, json=body, headers=headers, params=params)
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
         if response.is_error:
@@ -184,6 +210,15 @@ class JobsClient:
         if not isinstance(answer, dict):
             raise ApiUnreachable(self.url, NOT_THE_API)
         return response.status_code, answer
+
+    @contextlib.contextmanager
+    def _told_if_slow(self, method: str, path: str, limit_s: float) -> Iterator[None]:
+        text = f"waiting for the jobs API at {self.url} to answer {method} {path}, for at most {limit_s:g} s"
+        timer = asyncio.get_running_loop().call_later(SAY_AFTER_S, self._tell, text)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _refused(self, response: httpx.Response) -> CliError:
         try:
@@ -198,7 +233,11 @@ class JobsClient:
         return ApiUnreachable(self.url, NOT_THE_API)
 
     def _unreachable(self, error: Exception) -> ApiUnreachable:
-        return error if isinstance(error, ApiUnreachable) else ApiUnreachable(self.url, _reason(error))
+        if isinstance(error, ApiUnreachable):
+            return error
+        if isinstance(error, httpx.ReadTimeout):
+            return ApiSilent(self.url)
+        return ApiUnreachable(self.url, _reason(error))
 
 
 def _reason(error: Exception) -> str:

@@ -4,6 +4,7 @@ command that only asks the API, load neither a server nor the job core.
 
 from __future__ import annotations
 
+import re
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -27,6 +28,10 @@ app = typer.Typer(
 )
 dlq = typer.Typer(help="Dead letters: what needs a person.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(dlq, name="dlq")
+
+
+_JOB_ID = re.compile(r"job_[0-7][0-9A-HJKMNP-TV-Z]{25}")
+"""As `task_models.is_job_id`, which would bring the job core with it."""
 
 
 class TierName(StrEnum):
@@ -58,7 +63,16 @@ class DecisionName(StrEnum):
 
 Api = Annotated[str | None, typer.Option("--api", metavar="URL", help="Of the jobs API; TOOLFLEET_API_URL.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
-JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id, job_….")]
+
+
+def _job_id(text: str) -> str:
+    # What is no id names no job: the API need not be there to say so.
+    if not _JOB_ID.fullmatch(text):
+        raise CliError(f"'{text}' is not the id of a job; ids look like job_01JZ0G9V6M4Q2R8T3W5X7Y9ZAB", USAGE)
+    return text
+
+
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id, job_….", callback=_job_id)]
 Limit = Annotated[int, typer.Option("--limit", min=1, max=500, help="Rows of a page.")]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ import pytest
 from tests.tool_execution.conftest import OpenTools
 from tests.tool_execution.harness import JOB, Notes, Progress, stdio_toolbox
 from toolfleet.services.background_jobs.errors import (
+    LeaseLost,
     ResultTooLarge,
     ToolFailure,
     ToolServerFailed,
@@ -84,6 +85,7 @@ class Both:
         self.runner = runner
         self.catalogue = catalogue
         self.progress: list[Progress] = []
+        self.before_send: Callable[[], None] = lambda: None
 
     async def call(self, tool: str, timeout: float = 30, **arguments: Any) -> ToolResult:
         spec = await self.runner.describe(tool)
@@ -93,6 +95,7 @@ class Both:
             idempotency_key=f"{JOB}:c",
             timeout_s=timeout,
             on_progress=lambda *progress: self.progress.append(progress),
+            before_send=self.before_send,
         )
         return await self.runner.run(spec, ToolCall(tool_call_id="c", tool_name=tool, tool_args=arguments), context)
 
@@ -132,6 +135,26 @@ async def test_progress_is_told_in_order(both: Both) -> None:
     await both.call("steps", count=3)
 
     assert both.progress == [(1, 3, "step 1"), (2, 3, "step 2"), (3, 3, "step 3")]
+
+
+async def test_a_call_is_announced_before_it_is_sent(both: Both) -> None:
+    announced: list[str] = []
+    both.before_send = lambda: announced.append("now")
+    await both.call("echo", text="hi")
+    assert announced == ["now"]
+
+
+async def test_nothing_is_sent_where_the_lease_is_lost(both: Both, notes: Notes) -> None:
+    def lost() -> None:
+        raise LeaseLost
+
+    both.before_send = lost
+    with pytest.raises(LeaseLost):
+        await both.call("hang", label="x")
+    both.before_send = lambda: None
+    # What had been sent would have been seen before this.
+    await both.call("echo", text="hi")
+    assert not notes.path.exists() or "started" not in notes.path.read_text()
 
 
 async def test_a_time_out_stops_the_tool(both: Both, notes: Notes) -> None:

@@ -3,6 +3,8 @@
 # TOOLFLEET_DRAIN_TIMEOUT, and ends.
 
 readonly PROGRESS_EVERY_S=5
+# What SIGKILL ends is gone at once, unless the kernel holds it, in a disk that does not answer for instance.
+readonly KILLED_WAIT_S=5
 
 command_stop() {
     local -a names
@@ -55,7 +57,7 @@ end_workers() {
             warn "$name (pid ${WORKER_PID[$name]}) has not ended within $timeout s: SIGKILL; its jobs come back by their leases"
             signal "$name" KILL || failed=1
         done
-        await_end kill 5
+        await_end killed "$KILLED_WAIT_S"
     fi
     for name in "${pending[@]}"; do
         warn "$name (pid ${WORKER_PID[$name]}) still runs after $timeout s$(in_flight "$name")"
@@ -91,13 +93,14 @@ await_end() {
         pending=("${still[@]}")
         if ((${#pending[@]} == 0 || SECONDS >= deadline)); then return 0; fi
         if [[ $progress != "$said" ]] || ((SECONDS - said_at >= PROGRESS_EVERY_S)); then
-            say "waiting for ${progress#, }; $((deadline - SECONDS)) s left${1:+ before $(after "$1")}"
+            say "waiting for ${progress#, }; $((deadline - SECONDS)) s left before $(after "$1")"
             said=$progress said_at=$SECONDS
         fi
         sleep 0.1
     done
 }
 
+# After SIGKILL (`killed`) there is nothing stronger to wait for.
 after() { if [[ $1 == kill ]]; then printf 'SIGKILL'; else printf 'this gives up'; fi; }
 
 in_flight() {
