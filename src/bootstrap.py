@@ -46,7 +46,7 @@ from toolfleet.services.background_jobs.redis_events import RedisEventFeed
 from toolfleet.services.background_jobs.redis_state_manager import RedisStateManager
 from toolfleet.services.background_jobs.retry_policy import RetryPolicy
 from toolfleet.services.background_jobs.store_gate import StoreGate
-from toolfleet.services.background_jobs.submission import Limits
+from toolfleet.services.background_jobs.submission import Limits, Submitter
 from toolfleet.services.background_jobs.sync_runs import SyncRunner
 from toolfleet.services.background_jobs.task_executor import JobExecutor
 from toolfleet.services.background_jobs.task_lease import LeaseKeeper
@@ -317,14 +317,16 @@ async def open_service(
             loops = [asyncio.create_task(keeper.run()), asyncio.create_task(keeper.watch_deadlines())]
             await core.feed.on_cancel(executor.worker_id, keeper.cancel)
             stack.push_async_callback(_end, loops)
-        service = JobService(
+        submitter = Submitter(
             store=core.store,
             queue=core.queue,
-            feed=core.feed,
             catalogue=catalogue,
             check_arguments=check_arguments,
             sync_runs=sync_runs,
             limits=limits(settings),
+        )
+        service = JobService(
+            store=core.store, queue=core.queue, feed=core.feed, catalogue=catalogue, submitter=submitter
         )
         yield Wired(core, service, catalogue)
 

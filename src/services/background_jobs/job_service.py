@@ -23,8 +23,7 @@ from toolfleet.services.background_jobs.ports import (
     ToolSpec,
     WorkerInfo,
 )
-from toolfleet.services.background_jobs.submission import ArgumentCheck, Limits, Submission, Submitter
-from toolfleet.services.background_jobs.sync_runs import SyncRunner
+from toolfleet.services.background_jobs.submission import Submission, Submitter
 from toolfleet.services.background_jobs.task_models import (
     DEFAULT_TENANT,
     JobEvent,
@@ -46,22 +45,13 @@ class JobService:
         queue: JobQueue,
         feed: EventFeed,
         catalogue: ToolCatalogue,
-        check_arguments: ArgumentCheck,
-        sync_runs: SyncRunner | None,
-        limits: Limits,
+        submitter: Submitter,
     ) -> None:
         self._store = store
         self._queue = queue
         self._feed = feed
         self._catalogue = catalogue
-        self._submitter = Submitter(
-            store=store,
-            queue=queue,
-            catalogue=catalogue,
-            check_arguments=check_arguments,
-            sync_runs=sync_runs,
-            limits=limits,
-        )
+        self._submitter = submitter
         self._control = JobControl(store, queue, feed, self.get)
 
     async def submit(
