@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import uuid
 from dataclasses import dataclass
 from typing import Annotated, Final
 
 from fastapi import Depends, Header, Path, Query, Request
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import APIRoute
 
-from toolfleet.api.problems import KEY_HEADER, ApiProblem
+from toolfleet.api.problems import KEY_HEADER, MAX_NAME, ApiProblem
 from toolfleet.api.stopping import Stopping
 from toolfleet.api.views import Views
 from toolfleet.bootstrap import Wired
@@ -52,6 +55,34 @@ def _service(wired: Annotated[Wired, Depends(_wired)]) -> JobService:
 ApiParts = Annotated[Api, Depends(_api)]
 Parts = Annotated[Wired, Depends(_wired)]
 Service = Annotated[JobService, Depends(_service)]
+
+
+def known_query(request: Request) -> None:
+    """Of a router: a query parameter that its route does not declare is refused.
+
+    A misspelt filter that is ignored gives an answer to another question than the one asked.
+
+    Raises:
+        ApiProblem: 422, which names the parameter and those that there are.
+    """
+    route = request.scope["route"]
+    assert isinstance(route, APIRoute)
+    declared = _query_names(route.dependant)
+    unknown = next((name for name in request.query_params if name not in declared), None)
+    if unknown is None:
+        return
+    shown = unknown[:MAX_NAME]
+    takes = f"this operation takes {', '.join(sorted(declared))}" if declared else "this operation takes none"
+    raise ApiProblem(
+        422, "invalid-request", "Invalid request", f"there is no query parameter '{shown}'; {takes}",
+        path=f"$.{shown}", errors=[{"in": "query", "path": f"$.{shown}", "message": "unknown query parameter"}],
+        nearest=difflib.get_close_matches(shown, declared),
+    )  # fmt: skip
+
+
+def _query_names(dependant: Dependant) -> set[str]:
+    found = {field.alias for field in dependant.query_params}
+    return found.union(*map(_query_names, dependant.dependencies))
 
 
 def _job_id(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query
 
-from toolfleet.api.dependencies import Service
+from toolfleet.api.dependencies import Service, known_query
 from toolfleet.api.fleet_models import (
     DeadLetterEntry,
     DeadLetterFigures,
@@ -30,10 +30,10 @@ NEARLY_FULL = 0.8
 """Share of the dead letter stream's size from which on a warning stands in the stats: the oldest go first."""
 MAX_SEQ = 2**63 - 1
 
-router = APIRouter(prefix="/api/v1", tags=["fleet"])
+router = APIRouter(prefix="/api/v1", tags=["fleet"], dependencies=[Depends(known_query)])
 
 
-@router.get("/tools", operation_id="list_tools", summary="What the fleet can call", responses=problems(503))
+@router.get("/tools", operation_id="list_tools", summary="What the fleet can call", responses=problems(422, 503))
 async def tools(service: Service) -> ToolList:
     """From the cached catalogue, with each tool's input schema."""
     found = await service.tools()
@@ -52,7 +52,7 @@ async def tools(service: Service) -> ToolList:
     )
 
 
-@router.get("/workers", operation_id="list_workers", summary="Who is there", responses=problems(503))
+@router.get("/workers", operation_id="list_workers", summary="Who is there", responses=problems(422, 503))
 async def workers(service: Service) -> WorkerList:
     """The workers whose heartbeat has not run out."""
     return WorkerList(workers=[_worker(info) for info in await service.workers()])
@@ -149,7 +149,7 @@ def _warnings(
         found.append("NATS can't be reached: figures of queue and dead letters are missing")
     if letters is not None and letters.bytes >= NEARLY_FULL * letters.max_bytes:
         found.append(
-            f"the dead letter stream is {100 * letters.bytes / letters.max_bytes:.0f} % full; once it is full the oldest "
+            f"the dead letter stream is {100 * letters.bytes / letters.max_bytes:.0f} % full, and then the oldest "
             "entries go. List them with GET /api/v1/dead-letters or `toolfleet dlq list`, submit what is still wanted "
             "again under a new Idempotency-Key, or raise TOOLFLEET_DLQ_MAX_BYTES"
         )

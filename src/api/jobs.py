@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from typing import Annotated, Final
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Depends, Query, Response
 
-from toolfleet.api.dependencies import After, ApiParts, JobIdPath, Service
+from toolfleet.api.dependencies import After, ApiParts, JobIdPath, Service, known_query
 from toolfleet.api.fleet import stats_of
 from toolfleet.api.fleet_models import Stats
 from toolfleet.api.models import Job, JobList, JobResult, NotReady
@@ -22,13 +22,15 @@ ASK_AGAIN_S: Final = 1
 """What a client is asked to wait for a result, where it polls."""
 CURSOR: Final = r"^[0-9]{1,15}_job_[0-7][0-9A-HJKMNP-TV-Z]{25}$"
 
-router = APIRouter(prefix=JOBS_PATH, tags=["jobs"])
+router = APIRouter(prefix=JOBS_PATH, tags=["jobs"], dependencies=[Depends(known_query)])
 
 
 # -- lists and figures: before /{job_id}, which would take their names for ids ----------------------------------
 
 
-@router.get("/stats", operation_id="job_stats", summary="The fleet's figures", tags=["fleet"], responses=problems(503))
+@router.get(
+    "/stats", operation_id="job_stats", summary="The fleet's figures", tags=["fleet"], responses=problems(422, 503)
+)
 async def stats(service: Service) -> Stats:
     """Per tier: queued, running, oldest age; totals by status; workers; rates; dead letters; warnings."""
     store, queue, alive = await service.stats()

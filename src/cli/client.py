@@ -56,14 +56,12 @@ class ApiUnreachable(CliError):
 class ApiSilent(ApiUnreachable):
     """Something took the connection and did not answer: to start another API would not help."""
 
-    def __init__(self, url: str) -> None:
-        reason = "no answer in time"
-        super().__init__(
-            url,
-            reason,
-            f"the jobs API at {url} takes connections and does not answer in time: it hangs or is overloaded; see its "
-            "log and `toolfleet doctor`. Whether it did what it was asked to is not known",
-        )
+    def __init__(self, url: str, *, changes: bool) -> None:
+        """`changes` is whether it was asked for more than an answer."""
+        text = f"the jobs API at {url} takes connections and does not answer in time: it hangs or is overloaded"
+        if changes:
+            text += "; whether it did what it was asked to is not known"
+        super().__init__(url, "no answer in time", f"{text}; see its log and `toolfleet doctor`")
 
 
 class JobsClient:
@@ -200,7 +198,7 @@ class JobsClient:
             with self._told_if_slow(method, path, REQUEST_TIMEOUT_S):
                 response = await self._http.request(method, path, json=body, headers=headers, params=params)
         except httpx.HTTPError as error:
-            raise self._unreachable(error) from error
+            raise self._unreachable(error, method) from error
         if response.is_error:
             raise self._refused(response)
         try:
@@ -232,11 +230,11 @@ class JobsClient:
             return ApiRefused(response.status_code, {"detail": f"the way to the API failed: {response.status_code}"})
         return ApiUnreachable(self.url, NOT_THE_API)
 
-    def _unreachable(self, error: Exception) -> ApiUnreachable:
+    def _unreachable(self, error: Exception, method: str = "GET") -> ApiUnreachable:
         if isinstance(error, ApiUnreachable):
             return error
         if isinstance(error, httpx.ReadTimeout):
-            return ApiSilent(self.url)
+            return ApiSilent(self.url, changes=method != "GET")
         return ApiUnreachable(self.url, _reason(error))
 
 

@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from typing import Final, Literal
 
-from toolfleet.bootstrap import Core, durability, open_core
+from toolfleet.bootstrap import Core, open_core
 from toolfleet.cli.client import JobsClient
 from toolfleet.cli.exits import FAILED, OK, CliError
 from toolfleet.cli.output import out, print_json
-from toolfleet.services.background_jobs.durability import store_evicts
+from toolfleet.services.background_jobs.durability import (
+    Durability,
+    nats_varz,
+    queue_durability,
+    store_durability,
+    store_evicts,
+)
 from toolfleet.services.background_jobs.errors import QueueError, StoreError, StoreUnavailable, ToolFailure
 from toolfleet.services.background_jobs.task_models import Tier
 from toolfleet.services.discovery.chain import build_registry
 from toolfleet.services.discovery.consul_client import ConsulClient
 from toolfleet.services.discovery.models import DiscoveryError, McpServer
-from toolfleet.services.telemetry.logs import without_credentials
+from toolfleet.services.telemetry.logs import configure_logging, without_credentials
 from toolfleet.settings import Settings
 
 State = Literal["ok", "unsure", "wrong"]
 CONSUL_TIMEOUT_S: Final = 5.0
+CHECK_S: Final = 6.0
+"""For each check; above the 5 s that the parts themselves wait for an answer, which tell more when they give up."""
+TOOL_SERVER_S: Final = 10.0
+"""A server of the stdio kind is started for this, and loads its libraries first."""
+_NO_ANSWER: Final = ("TimeoutError", "nats: timeout", "not connected yet")
+"""What `NatsConnection.last_error` is where a connection is taken and nothing is sent on it."""
+_STORE_ADVICE: Final = " Check REDIS_URL and `toolfleet doctor`."
+_READY_ADVICE: Final = "; `toolfleet doctor` tells more"
+"""Advice of others that is no use in here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +53,8 @@ class Check:
 
 def doctor(settings: Settings, api: str, *, accept_stream: bool, as_json: bool) -> int:
     """Look at everything and print it; 1 where something is wrong."""
+    # What goes wrong is told in the table; lines of log between its rows would say it twice.
+    configure_logging(settings.model_copy(update={"log_level": "error"}))
     checks = asyncio.run(_examine(settings, api, accept_stream=accept_stream))
     well = all(check.state != "wrong" for check in checks)
     if as_json:
@@ -58,47 +76,81 @@ def _print(checks: list[Check]) -> None:
 
 
 async def _examine(settings: Settings, api: str, *, accept_stream: bool) -> list[Check]:
+    async def api_then_tools() -> list[Check]:
+        # The API asks the same servers, for 2 s: those that start meanwhile would take its time.
+        return [*await _bounded("API", _api(api)), *await _tools(settings)]
+
+    of_core, others = await asyncio.gather(_core_checks(settings, accept_stream=accept_stream), api_then_tools())
+    return [*of_core, *others]
+
+
+async def _bounded(part: str, looking: Awaitable[list[Check]], limit_s: float = CHECK_S) -> list[Check]:
+    """What was found, or that it was not found out in time: one server that hangs must not hold up the others."""
+    try:
+        async with asyncio.timeout(limit_s):
+            return await looking
+    except TimeoutError:
+        return [Check(part, "wrong", f"no answer within {limit_s:g} s", "see whether it hangs or is overloaded")]
+
+
+async def _core_checks(settings: Settings, *, accept_stream: bool) -> list[Check]:
+    checks, known = await _addresses(settings)
+    if not known:
+        return checks
+    async with open_core(settings, name="doctor", prepare=False) as core:
+        parts = await asyncio.gather(
+            _bounded("NATS", _nats(core)),
+            _bounded("Redis", _redis(core)),
+            _bounded("writes of NATS", _nats_writes(core)),
+        )
+        checks += [check for part in parts for check in part]
+        if core.connection.connected and all(check.part != "Redis" or check.state == "ok" for check in checks):
+            joint = await asyncio.gather(
+                _bounded("stream and store", _stream_identity(core, accept_stream)), _bounded("workers", _workers(core))
+            )
+            checks += [check for part in joint for check in part]
+    return checks
+
+
+async def _tools(settings: Settings) -> list[Check]:
     registry = build_registry(settings)
     try:
-        checks, known = await _addresses(settings)
-        if known:
-            async with open_core(settings, name="doctor", prepare=False) as core:
-                parts = await asyncio.gather(_nats(core), _redis(core))
-                checks += [check for part in parts for check in part]
-                if core.connection.connected and all(check.part != "Redis" or check.state == "ok" for check in checks):
-                    checks += [await _stream_identity(core, accept_stream), await _workers(core)]
-        checks.append(await _api(api))
-        try:
+        async with asyncio.timeout(CHECK_S):
             servers = await registry.mcp_servers()
-        except DiscoveryError as error:
-            checks.append(Check("tools", "wrong", str(error), "correct the file or the registry that it names"))
-        else:
-            checks += await _tool_servers(settings, servers)
-        return checks
+    except DiscoveryError as error:
+        return [Check("tools", "wrong", str(error), "correct the file or the registry that it names")]
+    except TimeoutError:
+        return [Check("tools", "wrong", f"the registry gave no answer within {CHECK_S:g} s", "check CONSUL_HTTP_ADDR")]
     finally:
         await registry.close()
+    return await _tool_servers(settings, servers)
 
 
 async def _addresses(settings: Settings) -> tuple[list[Check], bool]:
     """Whether it is known where NATS and Redis are, and Consul, where one is configured."""
-    checks = []
-    if settings.consul_http_addr:
-        checks.append(await _consul(settings, settings.consul_http_addr))
     registry = build_registry(settings)
-    known = True
+
+    async def located(part: str, question: Callable[[], Awaitable[object]]) -> list[Check]:
+        try:
+            await question()
+        except DiscoveryError as error:
+            return [Check(part, "wrong", "not configured", str(error))]
+        return []
+
+    asked = [
+        _bounded("NATS", located("NATS", registry.nats_urls)),
+        _bounded("Redis", located("Redis", registry.redis_url)),
+    ]
+    if settings.consul_http_addr:
+        asked.insert(0, _bounded("Consul", _consul(settings, settings.consul_http_addr)))
     try:
-        for part, question in (("NATS", registry.nats_urls), ("Redis", registry.redis_url)):
-            try:
-                await question()
-            except DiscoveryError as error:
-                known = False
-                checks.append(Check(part, "wrong", "not configured", str(error)))
+        checks = [check for part in await asyncio.gather(*asked) for check in part]
     finally:
         await registry.close()
-    return checks, known
+    return checks, all(check.part == "Consul" for check in checks)
 
 
-async def _consul(settings: Settings, address: str) -> Check:
+async def _consul(settings: Settings, address: str) -> list[Check]:
     import consul
     import httpx
 
@@ -106,12 +158,14 @@ async def _consul(settings: Settings, address: str) -> Check:
     client = ConsulClient(address, token, CONSUL_TIMEOUT_S)
     try:
         version = (await client.agent.self())["Config"]["Version"]
-        return Check("Consul", "ok", f"{version} at {address}")
+        return [Check("Consul", "ok", f"{version} at {address}")]
     except consul.ConsulException as error:
-        return Check("Consul", "wrong", f"{address} refused: {error}", "check CONSUL_HTTP_TOKEN: it needs agent:read")
+        return [Check("Consul", "wrong", f"{address} refused: {error}", "check CONSUL_HTTP_TOKEN: it needs agent:read")]
     except httpx.HTTPError as error:
         reason = str(error) or type(error).__name__
-        return Check("Consul", "wrong", f"{address} does not answer: {reason}", "check CONSUL_HTTP_ADDR and the agent")
+        return [
+            Check("Consul", "wrong", f"{address} does not answer: {reason}", "check CONSUL_HTTP_ADDR and the agent")
+        ]
     finally:
         await client.http.close()
 
@@ -119,9 +173,11 @@ async def _consul(settings: Settings, address: str) -> Check:
 async def _nats(core: Core) -> list[Check]:
     where = ", ".join(without_credentials(url) for url in await core.registry.nats_urls())
     if not core.connection.connected:
-        return [
-            Check("NATS", "wrong", f"{where}: {core.connection.last_error}", "start nats-server, or correct NATS_URL")
-        ]
+        reason = core.connection.last_error
+        if reason in _NO_ANSWER:
+            return [Check("NATS", "wrong", f"{where}: no answer to the connection",
+                          "see whether nats-server hangs or is paused, or correct NATS_URL")]  # fmt: skip
+        return [Check("NATS", "wrong", f"{where}: {reason}", "start nats-server, or correct NATS_URL")]
     try:
         report = await core.queue.settings_report()
     except QueueError as error:
@@ -143,18 +199,16 @@ async def _redis(core: Core) -> list[Check]:
     where = without_credentials(await core.registry.redis_url())
     try:
         await core.store.ping()
-        writes = await durability(core)
         info = await core.store.server_info()
     except StoreUnavailable as error:
-        return [Check("Redis", "wrong", f"{where}: {error}", "start the server, or correct REDIS_URL")]
+        # The error's own advice is to run this.
+        reason = str(error).removesuffix(_STORE_ADVICE).rstrip(". ")
+        return [Check("Redis", "wrong", f"{where}: {reason}", "start the server, or correct REDIS_URL")]
     except StoreError as error:
         # CONFIG GET may be refused; everything else would have failed with the ping.
         return [Check("Redis", "ok", where), Check("writes of Redis", "unsure", f"not told: {error}")]
     checks = [Check("Redis", "ok", f"{info['server']} {info['version']} at {where}")]
-    for each in writes:
-        state: State = "ok" if each.durable else "unsure" if each.durable is None else "wrong"
-        found = f"durable: {each.found}" if each.durable else each.found
-        checks.append(Check(f"writes of {each.server}", state, found, each.advice))
+    checks.append(_writes(store_durability(info)))
     if policy := store_evicts(info):
         checks.append(
             Check(
@@ -165,7 +219,23 @@ async def _redis(core: Core) -> list[Check]:
     return checks
 
 
-async def _stream_identity(core: Core, accept: bool) -> Check:
+async def _nats_writes(core: Core) -> list[Check]:
+    url = core.settings.nats_monitoring_url
+    return [_writes(queue_durability(await nats_varz(url, CHECK_S / 2) if url else None))]
+
+
+def _writes(told: Durability) -> Check:
+    state: State = "ok" if told.durable else "unsure" if told.durable is None else "wrong"
+    return Check(
+        f"writes of {told.server}", state, f"durable: {told.found}" if told.durable else told.found, told.advice
+    )
+
+
+async def _stream_identity(core: Core, accept: bool) -> list[Check]:
+    return [await _identity_check(core, accept)]
+
+
+async def _identity_check(core: Core, accept: bool) -> Check:
     """Whether the stream is the one that the store's jobs were queued in (`bootstrap.prepare_queue`)."""
     stream, part = core.queue.names.tasks, "stream and store"
     try:
@@ -190,30 +260,31 @@ async def _stream_identity(core: Core, accept: bool) -> Check:
     )  # fmt: skip
 
 
-async def _workers(core: Core) -> Check:
+async def _workers(core: Core) -> list[Check]:
     try:
         workers = await core.store.workers()
     except StoreError as error:
-        return Check("workers", "wrong", str(error), "ask again once Redis answers")
+        return [Check("workers", "wrong", str(error), "ask again once Redis answers")]
     counts = {tier: sum(worker.tier is tier for worker in workers) for tier in Tier}
     found = ", ".join(f"{count} {tier.value}" for tier, count in counts.items())
     without = [tier.value for tier, count in counts.items() if not count]
     if without:
-        return Check("workers", "unsure", found, f"jobs of these tiers wait: {', '.join(without)}; start a worker with "
-                     "toolfleet worker --tier TIER")  # fmt: skip
-    return Check("workers", "ok", found)
+        advice = f"jobs of these tiers wait: {', '.join(without)}; start a worker with toolfleet worker --tier TIER"
+        return [Check("workers", "unsure", found, advice)]
+    return [Check("workers", "ok", found)]
 
 
-async def _api(url: str) -> Check:
+async def _api(url: str) -> list[Check]:
     advice = "start it with toolfleet api, or say where it is with --api or TOOLFLEET_API_URL"
     try:
-        async with JobsClient(url) as client:
+        async with JobsClient(url, tell=lambda _: None) as client:
             parts = (await client.ready()).get("parts", {})
     except CliError as error:
         if error.document is None:
-            return Check("API", "wrong", f"{url} can't be reached", advice)
-        return Check("API", "wrong", f"{url} is not ready: {error}", "see what it names above, and the API's log")
-    return Check("API", "ok", f"{url}: {', '.join(parts)} {'are' if len(parts) > 1 else 'is'} there")
+            return [Check("API", "wrong", f"{url} can't be reached", advice)]
+        reason = str(error).removesuffix(_READY_ADVICE)
+        return [Check("API", "wrong", f"{url} is not ready: {reason}", "see what it names above, and the API's log")]
+    return [Check("API", "ok", f"{url}: {', '.join(parts)} {'are' if len(parts) > 1 else 'is'} there")]
 
 
 async def _tool_servers(settings: Settings, servers: list[McpServer]) -> list[Check]:
@@ -226,17 +297,20 @@ async def _tool_servers(settings: Settings, servers: list[McpServer]) -> list[Ch
     registry = build_registry(settings)
     links = McpServers(registry, settings)
 
-    async def look(server: McpServer) -> Check:
+    async def look(server: McpServer) -> list[Check]:
         part = f"tools of {server.name}"
         try:
             tools = await links.list_tools(server.name)
         except ToolFailure as error:
-            return Check(part, "wrong", f"{server.location}: {error}", "start the server, or correct its entry")
+            return [Check(part, "wrong", f"{server.location}: {error}", "start the server, or correct its entry")]
         names = ", ".join(str(tool["name"]) for tool in tools) or "no tools"
-        return Check(part, "ok", f"{server.location}: {names}")
+        return [Check(part, "ok", f"{server.location}: {names}")]
 
     try:
-        return list(await asyncio.gather(*map(look, servers)))
+        found = await asyncio.gather(
+            *(_bounded(f"tools of {server.name}", look(server), TOOL_SERVER_S) for server in servers)
+        )
+        return [check for part in found for check in part]
     finally:
         await links.close()
         await registry.close()

@@ -59,7 +59,7 @@ def watch(api: str, job_id: str, *, after: int, as_json: bool, show_result: bool
         job = await follow(client, job_id, follower_for(out(), as_json=as_json), after)
         if show_result and not as_json:
             _, result = await client.result(job_id)
-            _print_results(result)
+            _print_results(result, told=True)
         return job
 
     try:
@@ -156,17 +156,27 @@ def _say_undecided(job: Answer) -> None:
         say(f"decide it: toolfleet resolve {job['job_id']} {call} rerun | completed --result JSON | failed --note TEXT")
 
 
-def _print_results(answer: Answer) -> None:
-    """What each call gave, as its tool wrote it for people; structured content where there is no text."""
+def _print_results(answer: Answer, *, told: bool = False) -> None:
+    """What each call gave, as its tool wrote it for people; structured content where there is no text.
+
+    Args:
+        answer: the job's result.
+        told: why calls failed was shown already, by their events.
+    """
     results = answer.get("results") or []
     for entry in results:
         if len(results) > 1:
             print(f"== {entry['tool_call_id']} {entry['tool_name']}: {entry['status']}")
         elif entry["status"] != "completed":
             print(f"{entry['tool_call_id']} {entry['tool_name']}: {entry['status']}")
+        reason = ""
         if isinstance(error := entry.get("error"), Mapping):
-            print(f"{error.get('code')}: {error.get('message')}")
+            reason = str(error.get("message"))
+            if not told:
+                print(f"{error.get('code')}: {reason}")
         for block in entry.get("content") or ():
+            if reason and block.get("text") == reason:
+                continue
             print(block["text"] if block.get("type") == "text" else _summary(block))
         if not entry.get("content") and entry.get("structured_content") is not None:
             print_json(entry["structured_content"])

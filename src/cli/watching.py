@@ -147,7 +147,8 @@ def describe(event: ServerEvent, *, with_call: bool = True) -> str:
     for key, text in _WORDS.items():
         if data.get(key):
             words.append(text.format(data[key]))
-    if isinstance(error := data.get("error"), Mapping):
+    # A job's reason repeats those of its calls, and ends the command as its last line.
+    if isinstance(error := data.get("error"), Mapping) and event.event != "job.failed":
         words.append(str(error.get("message", "")))
     return " ".join(" ".join(words).split())
 

@@ -103,7 +103,7 @@ async def test_a_dead_letter_stream_that_is_80_percent_full_is_warned_of(
     client: httpx.AsyncClient, api_settings: Settings
 ) -> None:
     async def warned() -> bool:
-        return any("dead letter" in text for text in (await client.get(f"{JOBS}/stats")).json()["warnings"])
+        return any("toolfleet dlq list" in text for text in (await client.get(f"{JOBS}/stats")).json()["warnings"])
 
     part = b"x" * (api_settings.dlq_max_bytes * 42 // 100)
     async with open_core(api_settings, name="test") as core:

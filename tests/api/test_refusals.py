@@ -195,3 +195,18 @@ async def test_malformed_event_ids_are_refused(client: httpx.AsyncClient) -> Non
     for last in ("x", "-1", "1.5", "9" * 16, ""):
         problem(await client.get(f"{JOBS}/{NO_JOB}/stream", headers={"Last-Event-ID": last}), 422, "invalid-request")
         problem(await client.get(f"{JOBS}/{NO_JOB}/stream", params={"after": last}), 422, "invalid-request")
+
+
+@pytest.mark.parametrize("path", [JOBS, f"{JOBS}/stats", f"{JOBS}/{NO_JOB}", f"{JOBS}/{NO_JOB}/stream",
+                                  "/api/v1/tools", "/api/v1/workers", "/api/v1/dead-letters"])  # fmt: skip
+async def test_a_query_parameter_that_is_not_there_is_refused_by_its_name(client: httpx.AsyncClient, path: str) -> None:
+    body = problem(await client.get(path, params={"statsu": "failed"}), 422, "invalid-request")
+    assert "'statsu'" in body["detail"]
+    assert body["path"] == "$.statsu"
+
+
+async def test_a_misspelt_filter_is_refused_with_the_nearest_one(client: httpx.AsyncClient) -> None:
+    body = problem(await client.get(JOBS, params={"statsu": "failed", "limit": 5}), 422, "invalid-request")
+    assert body["nearest"] == ["status"]
+    assert "takes cursor, limit, status, tier" in body["detail"]
+    assert (await client.get(JOBS, params={"status": "failed", "tier": "low", "limit": 5})).status_code == 200

@@ -7,8 +7,10 @@ import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import httpx
 import pytest
 
+from toolfleet.cli import client as client_module
 from toolfleet.cli.client import ApiRefused, ApiUnreachable, JobsClient
 from toolfleet.cli.exits import FAILED, TRY_AGAIN, UNREACHABLE, USAGE, CliError
 from toolfleet.cli.sse import ServerEvent, SseDecoder
@@ -151,6 +153,29 @@ async def test_a_stream_of_no_job_is_not_asked_for_again() -> None:
         with pytest.raises(ApiRefused):
             [event async for event in client.events("job_x")]
     assert len(asked) == 1
+
+
+async def test_an_api_that_hangs_is_told_of_and_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "SAY_AFTER_S", 0.01)
+    monkeypatch.setattr(client_module, "_TIMEOUT", httpx.Timeout(0.5))
+    told: list[str] = []
+
+    async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(hang, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server, JobsClient(url, tell=told.append) as client:
+        with pytest.raises(ApiUnreachable, match="does not answer in time") as read:
+            await client.job("job_x")
+        with pytest.raises(ApiUnreachable, match="whether it did what it was asked to is not known"):
+            await client.cancel("job_x")
+    assert read.value.code == UNREACHABLE
+    assert [line.partition(" for at most")[0] for line in told] == [
+        f"waiting for the jobs API at {url} to answer GET /api/v1/jobs/job_x,",
+        f"waiting for the jobs API at {url} to answer POST /api/v1/jobs/job_x/cancel,",
+    ]
 
 
 async def test_an_api_that_is_not_there_is_said_at_once() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import uuid
 from pathlib import Path
 
@@ -59,6 +60,22 @@ def test_servers_that_are_down_are_named_without_their_passwords(tmp_path: Path)
     wrong = [line.split()[1] for line in ended.out.splitlines() if line.startswith("wrong")]
     assert wrong == ["Consul", "NATS", "Redis", "API", "tools"]
     assert "start nats-server, or correct NATS_URL" in ended.out
+    assert ".." not in ended.out
+    assert "toolfleet doctor" not in ended.out
+    assert ended.err == ""
+
+
+def test_a_server_that_takes_connections_and_is_silent_is_told_from_one_that_is_not_there() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        where = f"127.0.0.1:{silent.getsockname()[1]}"
+        env = clean_env(NATS_URL=f"nats://{where}", REDIS_URL=f"redis://{where}")
+        ended = toolfleet("doctor", "--json", "--api", f"http://{where}", env=env)
+    assert ended.code == FAILED
+    assert ended.err == ""
+    found = checks(ended)
+    assert found["NATS"]["found"] == f"nats://{where}: no answer to the connection"
+    assert found["Redis"]["state"] == "wrong"
+    assert found["API"]["found"] == "no answer within 6 s"
 
 
 def test_weaker_settings_and_a_stream_of_somebody_elses(

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Fleet
-from tests.cli.running import PROGRAM
+from tests.cli.running import PROGRAM, clean_env, in_process
 from toolfleet.cli.exits import CANCELLED, FAILED, INTERRUPTED, TRY_AGAIN, UNKNOWN, UNREACHABLE, USAGE
+from toolfleet.services.background_jobs.task_models import is_job_id
 
 LATER = ("--delay", "3600")
 """A job that waits for as long as a test needs."""
@@ -113,6 +114,19 @@ def test_a_failed_job_says_why(fleet: Fleet) -> None:
     assert ended.code == FAILED
     assert "not today" in ended.err
     assert "failed" in ended.err
+    assert ended.out.count("not today") == 1, ended.out
+    job = ended.err.split()[0]
+    assert fleet.call("result", job).out.count("not today") == 1
+
+
+@pytest.mark.parametrize("command", ["watch", "result", "cancel", "retry"])
+@pytest.mark.parametrize("job", ["zzz", "job_x", "job_01JZ0G9V6M4Q2R8T3W5X7Y9ZA", "../stats"])
+def test_what_can_be_no_job_is_a_usage_error_without_asking(command: str, job: str) -> None:
+    # Nothing listens there: a request would end with another code.
+    ended = in_process(command, job, "--api", "http://127.0.0.1:1", env=clean_env())
+    assert ended.code == USAGE
+    assert f"'{job}' is not the id of a job" in ended.err
+    assert not is_job_id(job)
 
 
 def test_a_call_whose_outcome_is_not_known_is_decided_once(fleet: Fleet) -> None:

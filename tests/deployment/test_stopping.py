@@ -79,6 +79,9 @@ async def test_a_worker_that_does_not_end_is_killed_at_the_deadline(fleet: Fleet
     assert "high-1 (pid" not in stopped.err
     assert "high-1 stopped" in stopped.out
     assert "normal-1 stopped" in stopped.out
+    # The 5 s that are waited after the SIGKILL are not announced as the time before one.
+    announced = [line for line in stopped.out.splitlines() if "left before SIGKILL" in line]
+    assert all(line.split("; ")[-1].split()[0] in ("0", "1") for line in announced), announced
     assert fleet.processes() == {}
 
 

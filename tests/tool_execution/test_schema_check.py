@@ -86,6 +86,7 @@ def test_the_schemas_own_draft_counts() -> None:
         {"type": "no-such-type"},
         {"properties": 5},
         {"properties": {"a": {"pattern": "("}}},
+        {"properties": {"a": {"pattern": "a{99999999999}"}}},
         {"$ref": "#/$defs/gone"},
         {"$ref": "http://127.0.0.1:1/schema.json"},
         {"$ref": "#"},
@@ -97,13 +98,54 @@ def test_a_broken_schema_leaves_the_decision_to_the_server(schema: dict[str, Any
 
 
 @pytest.mark.timeout(20)
-@pytest.mark.parametrize("pattern", ["^(a+)+$", "^(a|a)*$", "^(a{1,}b?)+$", "(x+x+)+y", "^([a-z]+)*$"])
+@pytest.mark.parametrize("pattern", [
+        "^(a+)+$", "^(a|a)*$", "^(a{1,}b?)+$", "(x+x+)+y", "^([a-z]+)*$", "^a*a*a*a*a*a*a*a*a*a*a*a*b$", "^((a)+)+$",
+        "^((a+),?)+$", "^" + "a?" * 40 + "a" * 40 + "!$", "^" + "(a|a)" * 40 + "b", "^(?:(?:a){0,60}){0,60}b",
+        "a*a*b", r"^(a*)\1*\1*b", "^(?=(a+))*b", "((((){1000}){1000}){1000}){1000}b", "^a{0,999}a{0,999}a{0,999}b",
+    ],
+)  # fmt: skip
 def test_no_pattern_runs_for_ever(pattern: str) -> None:
     evil = "a" * 5000 + "x" * 5000 + "!"
 
     check_arguments(spec({"properties": {"a": {"pattern": pattern, "type": "string"}}}), {"a": evil})
     check_arguments(spec({"patternProperties": {pattern: {"type": "string"}}}), {evil: 1})
+    check_arguments(spec({"patternProperties": {pattern: {}}, "additionalProperties": False}), {evil: 1})
+    check_arguments(spec({"patternProperties": {pattern: {}}, "unevaluatedProperties": False}), {evil: 1})
+    check_arguments(spec({"propertyNames": {"pattern": pattern}}), {evil: 1, "a" * 400: 2})
     assert refusal({"properties": {"pattern": {"pattern": pattern, "type": "string"}}}, {"pattern": 1})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fits", "fails"),
+    [
+        (r"^\s*[Hh][Tt][Tt][Pp][Ss]?://", "https://" + "x" * 8000, "ftp://" + "x" * 8000),
+        ("^[a-z]+$", "a" * 50_000, "a" * 50_000 + "!"),
+        (r"^[^@\s]+@[^@\s]+\.[^@\s]+$", "me@example.org", "me at example.org"),
+        ("^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$", "0" * 8 + "-0000" * 3 + "-" + "0" * 12, "0" * 36),
+        (r"^(\d{1,3}\.){3}\d{1,3}$", "127.0.0.1", "127.0.0"),
+        ("^(fast|full)$", "full", "other"),
+        ("b[]x]{2}", "ab]x", "ab]"),
+        ("^(?:a|b){,2}$", "ab", "abb"),
+    ],
+)
+def test_harmless_patterns_are_checked(pattern: str, fits: str, fails: str) -> None:
+    schema = {"properties": {"a": {"pattern": pattern}}}
+    named = {"patternProperties": {pattern: {"type": "integer"}}, "additionalProperties": False}
+
+    check_arguments(spec(schema), {"a": fits})
+    assert refusal(schema, {"a": fails}).details["path"] == "$.a"
+    check_arguments(spec(named), {fits: 1})
+    assert refusal(named, {fits: "text"})
+    assert "unknown properties" in refusal(named, {fails: 1}).details["errors"][0]["message"]
+
+
+@pytest.mark.timeout(20)
+def test_many_strings_share_one_bound_of_time() -> None:
+    schema = {"properties": {"a": {"items": {"pattern": "^(?!a*b)"}}}}
+
+    check_arguments(spec(schema), {"a": ["c" + "a" * 1_000_000] * 20_000})
+    schema = {"properties": {"a": {"items": {"pattern": "a*b|c"}}}}
+    check_arguments(spec(schema), {"a": ["a" * 800 + "c"] * 20_000})
 
 
 @pytest.mark.timeout(20)

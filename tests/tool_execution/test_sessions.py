@@ -80,9 +80,11 @@ async def test_a_server_that_crashes_at_every_call_is_given_pauses(notes: Notes,
         await call.run(spec_of("toolbox", "crash"))
 
     with pytest.raises(ToolUnavailable, match=r"ended its session.*next attempt is due in"):
-        await call.run(ECHO, text="x")
+        await call.run(ECHO, timeout=0.01, text="x")
 
-    assert text(await until_it_works(call)) == "back"
+    waited = await asyncio.gather(*(call.run(ECHO, text="waited") for _ in range(5)))
+    assert {text(result) for result in waited} == {"waited"}
+    assert await call.opened("toolbox") == 3
 
 
 async def test_a_hung_server_is_replaced_for_new_calls(notes: Notes, open_tools: OpenTools) -> None:
@@ -294,6 +296,59 @@ async def test_servers_of_the_oldest_protocol_work(manner: str, open_tools: Open
         await call.run(spec_of("old", "internal"))
     with pytest.raises(ToolServerFailed, match="invalid result: content"):
         await call.run(spec_of("old", "invalid"))
+
+
+@pytest.mark.parametrize("manner", ["plain", "silent"])
+async def test_a_server_that_starts_slowly_is_started_once(
+    manner: str, open_tools: OpenTools, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    call = Caller(await open_tools(old_stdio(manner, "slow", "noisy"), mcp_connect_timeout=7))
+
+    assert text(await call.run(spec_of("old", "old_echo"), text="hello")) == "hello"
+
+    await wait_until(lambda: "old is asked initialize" in caplog.text, "its stderr is in the log")
+    assert caplog.text.count("old starts") == 1
+
+
+async def test_a_server_of_the_newest_protocol_that_starts_slowly_is_started_once(
+    notes: Notes, open_tools: OpenTools
+) -> None:
+    server = stdio_toolbox(notes)
+    slow = McpServer(
+        "toolbox", command="sh", args=("-c", 'sleep 4; exec "$@"', "-", server.command or "", *server.args)
+    )
+    call = Caller(await open_tools(slow, mcp_connect_timeout=7))
+
+    assert text(await call.run(ECHO, text="hello")) == "hello"
+
+    assert len(notes.entries("process")) == 1
+
+
+async def test_an_old_server_is_asked_for_the_newest_protocol_once(
+    open_tools: OpenTools, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    call = Caller(await open_tools(old_stdio("noisy")))
+    await call.run(spec_of("old", "old_echo"), text="one")
+    with pytest.raises(ToolConnectionLost):
+        await call.run(spec_of("old", "exit"))
+
+    await call.run(spec_of("old", "old_echo"), text="two")
+
+    await wait_until(lambda: caplog.text.count("old is asked initialize") == 2, "both are in the log")
+    assert caplog.text.count("old is asked server/discover") == 1
+
+
+@pytest.mark.parametrize("how", ["utf8", "surrogate", "nested"])
+async def test_an_answer_that_can_not_be_read_fails_its_call(how: str, open_tools: OpenTools) -> None:
+    call = Caller(await open_tools(old_stdio()))
+
+    with pytest.raises(ToolServerFailed, match="no valid JSON-RPC message"):
+        await call.run(spec_of("old", "unreadable"), how=how)
+
+    assert text(await call.run(spec_of("old", "old_echo"), text="on")) == "on"
+    assert await call.opened("old") == 1
 
 
 @pytest.mark.parametrize("place", ["big-first", "big-last"])

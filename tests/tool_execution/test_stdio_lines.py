@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolfleet.services.tool_execution.stdio_lines import LineSplitter, TooLong
+from toolfleet.services.tool_execution.stdio_lines import LineSplitter, TooLong, answered_id
 
 LINES = st.lists(st.binary(max_size=40).filter(lambda line: b"\n" not in line), max_size=12)
 
@@ -56,3 +56,12 @@ def test_the_id_is_found_at_either_end_and_nowhere_else() -> None:
     assert TooLong(0, b'{"id":8,"result":{', b"").request_id() == 8
     assert TooLong(0, b'{"jsonrpc":"2.0","id":"text","result":{', b"").request_id() is None
     assert TooLong(0, b'{"result":{"id":8,', b'"id":8}]}').request_id() is None
+
+
+def test_the_id_is_found_in_an_answer_that_is_no_json_and_not_in_a_request() -> None:
+    assert answered_id(b'{"jsonrpc":"2.0","id":4,"result":{"\xff') == 4
+    assert answered_id(b'{"id": 4, "error": \xff}') == 4
+    assert answered_id(b'{"jsonrpc":"2.0","result":"\xff","id":4}') == 4
+    assert answered_id(b'{"jsonrpc":"2.0","id":4,"method":"ping","params":"\xff"}') is None
+    assert answered_id(b'{"jsonrpc":"2.0","method":"x","params":"\xff","id":4}') is None
+    assert answered_id(b'\xff "id":4}') is None

@@ -19,6 +19,10 @@ import anyio
 TOO_LARGE_CODE = -32090
 """JSON-RPC error code with which a transport resolves a request whose answer was above the limit; of the range that
 the specification leaves to implementations (-32000 to -32099), and never sent over a wire."""
+UNREADABLE_CODE = -32091
+"""The same for a request whose answer is no JSON-RPC message, such as one with invalid UTF-8."""
+NO_PROBE_ANSWER_CODE = -32092
+"""The same for the question that older servers leave without an answer: what comes before the handshake."""
 
 
 @dataclass(frozen=True, slots=True)

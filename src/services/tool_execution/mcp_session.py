@@ -52,6 +52,10 @@ _CLIENT: Final = Implementation(name="toolfleet", version=version("toolfleet"))
 _LEAVE_S: Final = 10.0
 """For a session to close; above the bounds of the transports together."""
 _PROBE_S: Final = 5.0
+_DISCOVER_S: Final = 5.0
+_DISCOVER_SHARE: Final = 0.5
+"""For a stdio server to answer the question before the handshake: seconds, and of the time to connect; the smaller
+counts. Some older servers never answer it; for one that only starts slowly the handshake follows in the same pipe."""
 _PAGES: Final = 100
 """Of a tool listing: a server that pages for ever must not hold the catalogue."""
 _JSON_OVERHEAD: Final = 3
@@ -119,7 +123,7 @@ class McpSession:
             ToolUnavailable: it can't be reached or started, or refuses; the message says why.
         """
         opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._owner = asyncio.create_task(self._own(mode, opened), name=f"mcp-session-{self.server.name}")
+        self._owner = asyncio.create_task(self._own(mode, timeout, opened), name=f"mcp-session-{self.server.name}")
         try:
             async with asyncio.timeout(timeout):
                 await asyncio.shield(opened)
@@ -149,12 +153,14 @@ class McpSession:
         """Wait until no call is on it."""
         await self._requests.none()
 
-    async def _own(self, mode: Mode, opened: asyncio.Future[None]) -> None:
+    async def _own(self, mode: Mode, timeout: float, opened: asyncio.Future[None]) -> None:
         """Enter the client, keep it until the end, leave it: all in this task."""
         exchange = Exchange()
         use_exchange(exchange)
         try:
-            client = Client(self._transport(), mode=mode, cache=None, client_info=_CLIENT, read_timeout_seconds=None)
+            client = Client(
+                self._transport(timeout), mode=mode, cache=None, client_info=_CLIENT, read_timeout_seconds=None
+            )
             async with client:
                 self._session = client.session
                 if not opened.done():
@@ -173,10 +179,11 @@ class McpSession:
             if not opened.done():
                 opened.cancel()
 
-    def _transport(self) -> AbstractAsyncContextManager[Any]:
+    def _transport(self, timeout: float) -> AbstractAsyncContextManager[Any]:
         wire_limit = self._limits.max_result_bytes * _JSON_OVERHEAD
         if self.server.url is None:
-            return stdio_transport(self.server, max_line=wire_limit, on_end=self._end)
+            probe = min(_DISCOVER_S, timeout * _DISCOVER_SHARE)
+            return stdio_transport(self.server, max_line=wire_limit, on_end=self._end, probe_timeout=probe)
         return self._http(self.server.url, wire_limit)
 
     @asynccontextmanager

@@ -1,9 +1,9 @@
 """Arguments against a tool's own input schema, before anything is queued (G11).
 
 Schemas come from tool servers and arguments from clients, so neither may cost more than a bounded amount of time:
-nothing is fetched for a `$ref`, regular expressions that can run for ever are left to the tool server, and
-`uniqueItems` is decided in linear time. Messages name keywords, property names and paths, never a value: arguments
-may hold secrets.
+nothing is fetched for a `$ref`, a regular expression is matched only where a bound on its steps is known beforehand
+and low (`pattern_cost`) and is left to the tool server elsewhere, and `uniqueItems` is decided in linear time. Messages
+name keywords, property names and paths, never a value: arguments may hold secrets.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import logging
 import re
+import time
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from functools import lru_cache
 from itertools import islice
 from typing import Any, Final
@@ -25,6 +27,7 @@ from referencing.exceptions import Unresolvable
 
 from toolfleet.services.background_jobs.errors import InvalidArguments
 from toolfleet.services.background_jobs.ports import ToolSpec
+from toolfleet.services.tool_execution.pattern_cost import pattern_cost
 
 _log = logging.getLogger(__name__)
 
@@ -35,10 +38,13 @@ _MAX_LISTED: Final = 10
 """Names or allowed values listed in a message."""
 _COMPILED_SCHEMAS: Final = 512
 
-_NESTED_REPEAT: Final = re.compile(r"\([^()]*(?:[*+|]|\{\d*,)[^()]*\)\s*(?:[*+]|\{\d*,)")
-"""A repeated group that holds a repetition or alternatives: what makes Python's backtracking `re` exponential."""
-_LITERAL_KEYWORDS: Final = frozenset({"const", "enum", "default", "examples"})
-"""Keywords whose value is data and not a schema."""
+_MATCH_STEPS: Final = 4_000_000
+"""Of one match at most, by the bound of `pattern_cost`: about 0.1 s of the event loop."""
+_MATCHING_S: Final = 0.2
+"""For all matches of one check; what comes later is left to the tool server."""
+_matching_left: ContextVar[float] = ContextVar("toolfleet_matching_left")
+
+_pattern_cost = lru_cache(maxsize=_COMPILED_SCHEMAS)(pattern_cost)
 
 
 def check_arguments(spec: ToolSpec, arguments: Mapping[str, Any]) -> None:
@@ -54,6 +60,7 @@ def check_arguments(spec: ToolSpec, arguments: Mapping[str, Any]) -> None:
     validator = _validator(spec.server, spec.tool, json.dumps(spec.input_schema))
     if validator is None:
         return
+    _matching_left.set(_MATCHING_S)
     try:
         found = list(islice(validator.iter_errors(dict(arguments)), _MAX_ERRORS))
     except (Unresolvable, RecursionError) as error:
@@ -79,33 +86,75 @@ def _validator(server: str, tool: str, schema_json: str) -> Validator | None:
     base = validator_for(schema, default=Draft202012Validator)
     try:
         base.check_schema(schema)
-    except (SchemaError, Unresolvable, RecursionError) as error:
+    except (SchemaError, Unresolvable, RecursionError, OverflowError) as error:  # overflow: `a{99999999999}`
         reason = error.message if isinstance(error, SchemaError) else str(error)
         _log.warning("input schema of tool %s/%s is not valid (%s); its server decides", server, tool, reason[:200])
         return None
-    bounded = extend(base, {"uniqueItems": _unique_items})  # type: ignore[no-untyped-call]
+    replaced = {
+        "uniqueItems": _unique_items,
+        "pattern": _pattern,
+        "patternProperties": _pattern_properties,
+        "additionalProperties": _additional_properties,
+    }
+    if '"patternProperties"' in schema_json:
+        # jsonschema matches those patterns once more, by itself, to tell which names are left.
+        replaced["unevaluatedProperties"] = _left_to_the_server
+    known = {keyword: check for keyword, check in replaced.items() if keyword in base.VALIDATORS}
+    bounded = extend(base, known)  # type: ignore[no-untyped-call]
     # An empty registry: a reference resolves inside the schema or not at all; nothing is fetched.
-    compiled: Validator = bounded(_without_costly_patterns(schema), registry=Registry())
+    compiled: Validator = bounded(schema, registry=Registry())
     return compiled
 
 
-def _without_costly_patterns(schema: Any) -> Any:
-    """The schema without the regular expressions that could block the event loop; their check is the server's."""
-    if isinstance(schema, list):
-        return [_without_costly_patterns(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    kept = {}
-    for keyword, value in schema.items():
-        if keyword == "pattern" and isinstance(value, str) and _NESTED_REPEAT.search(value):
-            continue
-        kept[keyword] = value if keyword in _LITERAL_KEYWORDS else _without_costly_patterns(value)
-    by_pattern = kept.get("patternProperties")
-    if isinstance(by_pattern, dict) and any(_NESTED_REPEAT.search(pattern) for pattern in by_pattern):
-        # What these two say depends on which names the pattern matches, so they go with it.
-        for keyword in ("patternProperties", "additionalProperties", "unevaluatedProperties"):
-            kept.pop(keyword, None)
-    return kept
+def _matches(pattern: str, text: str) -> bool | None:
+    """Whether the pattern is found in the text; None where finding out could take long."""
+    cost = _pattern_cost(pattern)
+    left = _matching_left.get()
+    if cost is None or cost.on(len(text)) > _MATCH_STEPS or left <= 0:
+        return None
+    started = time.perf_counter()
+    found = re.search(pattern, text) is not None
+    _matching_left.set(left - (time.perf_counter() - started))
+    return found
+
+
+def _pattern(validator: Validator, pattern: str, instance: Any, schema: Any) -> Iterator[ValidationError]:
+    if validator.is_type(instance, "string") and _matches(pattern, instance) is False:
+        yield ValidationError("does not match")
+
+
+def _pattern_properties(
+    validator: Validator, patterns: Mapping[str, Any], instance: Any, schema: Any
+) -> Iterator[ValidationError]:
+    if not validator.is_type(instance, "object"):
+        return
+    for pattern, subschema in patterns.items():
+        for name, value in instance.items():
+            if _matches(pattern, name):
+                yield from validator.descend(value, subschema, path=name, schema_path=pattern)  # type: ignore[attr-defined]
+
+
+def _additional_properties(
+    validator: Validator, allowed: Any, instance: Any, schema: Mapping[str, Any]
+) -> Iterator[ValidationError]:
+    """`additionalProperties`; a name whose patterns can't be decided counts as one of the known."""
+    if not validator.is_type(instance, "object"):
+        return
+    properties, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
+    extra = [
+        name
+        for name in instance
+        if name not in properties and all(_matches(pattern, name) is False for pattern in patterns)
+    ]
+    if isinstance(allowed, dict):
+        for name in extra:
+            yield from validator.descend(instance[name], allowed, path=name)  # type: ignore[attr-defined]
+    elif not allowed and extra:
+        yield ValidationError("has unknown properties")
+
+
+def _left_to_the_server(validator: Validator, value: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
+    return iter(())
 
 
 def _unique_items(validator: Validator, unique: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:

@@ -23,9 +23,12 @@ _log = logging.getLogger(__name__)
 
 _PAUSES_S: Final = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0)
 """Before the next attempt to open, after so many failures in a row. None after the first: a crash is no pattern yet."""
+_AWAITED_PAUSE_S: Final = 5.0
+"""A call waits for the end of a pause up to this long, where it has the time; above it, it is refused at once."""
 _AUTO_SHARE: Final = 0.6
-"""Of the time to connect, for the attempt with the newest protocol. Servers that never answer a question from before
-the handshake are left the rest for the older one."""
+"""Of the time to connect, for the attempt with the newest protocol over HTTP. Servers that never answer a question from
+before the handshake are left the rest for the older one. Over stdio the session sees to it with one process: a second
+one would have to start from the beginning."""
 
 
 class ServerLink:
@@ -63,17 +66,25 @@ class ServerLink:
         Raises:
             ToolUnavailable: there is none and none can be opened now, or not within the time-out (seconds).
         """
-        if self._session is not None:
-            if self._session.usable:
-                return self._session
-            self._drop(self._session)
-        if self._closed:
-            raise ToolUnavailable(f"MCP server '{self.server.name}' is not used any more")
+        deadline = time.monotonic() + timeout
+        while True:
+            if self._session is not None:
+                if self._session.usable:
+                    return self._session
+                self._drop(self._session)
+            if self._closed:
+                raise ToolUnavailable(f"MCP server '{self.server.name}' is not used any more")
+            pause = self._pause(deadline) if self._opening is None else 0.0
+            if pause == 0:
+                return await self._joined(deadline, timeout)
+            await asyncio.sleep(pause)
+
+    async def _joined(self, deadline: float, timeout: float) -> McpSession:
+        """The session of the attempt to open that runs, or of a new one."""
         if self._opening is None:
-            self._check_pause()
             self._opening = asyncio.create_task(self._open(), name=f"mcp-open-{self.server.name}")
             self._opening.add_done_callback(self._opened)
-        done, _ = await asyncio.wait({self._opening}, timeout=timeout)
+        done, _ = await asyncio.wait({self._opening}, timeout=max(0.0, deadline - time.monotonic()))
         if not done:
             raise ToolUnavailable(
                 f"no session with MCP server '{self.server.name}' within the {timeout:g} s that the call has"
@@ -120,10 +131,17 @@ class ServerLink:
         while self._background:
             await asyncio.wait(set(self._background))
 
-    def _check_pause(self) -> None:
-        left = self._not_before - time.monotonic()
-        if left > 0:
+    def _pause(self, deadline: float) -> float:
+        """Seconds until the next attempt to open may start.
+
+        Raises:
+            ToolUnavailable: longer than a call waits, or than this one has.
+        """
+        now = time.monotonic()
+        left = self._not_before - now
+        if left > min(_AWAITED_PAUSE_S, deadline - now) and left > 0:
             raise ToolUnavailable(f"{self._last_failure}; the next attempt is due in {left:.1f} s")
+        return max(0.0, left)
 
     async def _open(self) -> McpSession:
         session = await self._connected()
@@ -145,9 +163,14 @@ class ServerLink:
         """
         left = self._limits.connect_timeout
         if self._mode == "auto":
-            share = 1.0 if self._slow else _AUTO_SHARE
+            started = time.monotonic()
+            share = 1.0 if self._slow or self.server.url is None else _AUTO_SHARE
             try:
-                return await self._attempt("auto", left * share)
+                session = await self._attempt("auto", left * share)
+                if self.server.url is None and not session.modern:
+                    # Some old servers fill their stderr at a question that they do not know: ask it once.
+                    self._mode = "legacy"
+                return session
             except TimeoutError:
                 left *= 1 - share
                 if left == 0:
@@ -156,10 +179,14 @@ class ServerLink:
                 # Some older stdio servers end at any message that is not the handshake.
                 if not error.details.get("closed"):
                     raise
+                left -= time.monotonic() - started
         try:
             session = await self._attempt("legacy", left)
         except TimeoutError:
             raise self._no_answer() from None
+        except ToolUnavailable:
+            self._mode = "auto"  # the server may have been exchanged for one that knows the newest protocol alone
+            raise
         self._mode = "legacy"
         return session
 

@@ -14,6 +14,20 @@ _EDGE: Final = 4096
 _ID_FIRST: Final = re.compile(rb'\s*\{\s*(?:"jsonrpc"\s*:\s*"2\.0"\s*,\s*)?"id"\s*:\s*(\d+)\s*,')
 _ID_LAST: Final = re.compile(rb',\s*"id"\s*:\s*(\d+)\s*(?:,\s*"jsonrpc"\s*:\s*"2\.0"\s*)?\}\s*\Z')
 
+_ANSWER_ID_FIRST: Final = re.compile(_ID_FIRST.pattern + rb'\s*"(?:result|error)"\s*:')
+_ANSWER_FIRST: Final = re.compile(rb'\s*\{\s*(?:"jsonrpc"\s*:\s*"2\.0"\s*,\s*)?"(?:result|error)"\s*:')
+
+
+def answered_id(line: bytes) -> int | None:
+    """The id of the request that a line answers which is no valid JSON, where its edges tell.
+
+    A request of the server has an id of its own kind, so the result or the error must be there too.
+    """
+    match = _ANSWER_ID_FIRST.match(line)
+    if match is None and _ANSWER_FIRST.match(line):
+        match = _ID_LAST.search(line[-_EDGE:])
+    return int(match.group(1)) if match else None
+
 
 @dataclass(frozen=True, slots=True)
 class TooLong:

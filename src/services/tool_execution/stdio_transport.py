@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -25,13 +26,18 @@ from typing import Final, Self
 import anyio
 from mcp.client.stdio import get_default_environment
 from mcp.shared.message import SessionMessage
-from mcp_types import ErrorData, JSONRPCError, jsonrpc_message_adapter
+from mcp_types import ErrorData, JSONRPCError, JSONRPCRequest, jsonrpc_message_adapter
 
 from toolfleet.services.background_jobs.errors import ToolUnavailable
 from toolfleet.services.discovery.models import McpServer
 from toolfleet.services.tool_execution import stdio_launcher
-from toolfleet.services.tool_execution.exchange import TOO_LARGE_CODE, current_exchange
-from toolfleet.services.tool_execution.stdio_lines import LineSplitter, TooLong
+from toolfleet.services.tool_execution.exchange import (
+    NO_PROBE_ANSWER_CODE,
+    TOO_LARGE_CODE,
+    UNREADABLE_CODE,
+    current_exchange,
+)
+from toolfleet.services.tool_execution.stdio_lines import LineSplitter, TooLong, answered_id
 
 _log = logging.getLogger(__name__)
 
@@ -42,14 +48,24 @@ _KILL_S: Final = 4.0
 """For the launcher to end the group after that; above its own bounds together."""
 _LOG_LINE: Final = 2000
 """Bytes of a line of stderr in the log."""
-_LOG_LINES: Final = 100
+_LOG_LINES: Final = 50
 """Lines of stderr in the log within `_LOG_WINDOW_S`; a chatty server must not fill the disk."""
 _LOG_WINDOW_S: Final = 10.0
+_PROBE: Final = "server/discover"
+
+
+@dataclass(slots=True)
+class _Probe:
+    """The question before the handshake, which some older servers never answer."""
+
+    until: float
+    """On the event loop's clock."""
+    request_id: int | str | None = None
 
 
 @asynccontextmanager
 async def stdio_transport(
-    server: McpServer, *, max_line: int, on_end: Callable[[], None]
+    server: McpServer, *, max_line: int, on_end: Callable[[], None], probe_timeout: float
 ) -> AsyncIterator[tuple[_Reader, _Writer]]:
     """Start the server; stop it, and all that it started, when the context is left.
 
@@ -57,6 +73,9 @@ async def stdio_transport(
         server: with a `command`.
         max_line: bytes of one message.
         on_end: called once the server has closed its stdout: no answer will come any more.
+        probe_timeout: seconds from now for an answer to `server/discover`. After it the question is resolved with an
+            error, on which the SDK goes on to the older handshake with the same process: one that only starts slowly
+            must not be started again.
 
     Raises:
         ToolUnavailable: the command does not exist, or the process could not be started.
@@ -66,8 +85,9 @@ async def stdio_transport(
     assert process.stdout is not None
     assert process.stderr is not None
     errors = asyncio.create_task(_log_stderr(server.name, process.stderr), name=f"mcp-stderr-{server.name}")
+    probe = _Probe(asyncio.get_running_loop().time() + probe_timeout)
     try:
-        yield _Reader(server.name, process.stdout, max_line, on_end), _Writer(process.stdin)
+        yield _Reader(server.name, process.stdout, max_line, on_end, probe), _Writer(process.stdin, probe)
     finally:
         # Bounded by its own time-outs, and must run to its end: what is cut short here stays as a process.
         with anyio.CancelScope(shield=True):
@@ -144,13 +164,16 @@ async def _discard(stream: asyncio.StreamReader) -> None:
 class _Reader:
     """The SDK's read stream over the server's stdout."""
 
-    def __init__(self, name: str, stdout: asyncio.StreamReader, max_line: int, on_end: Callable[[], None]) -> None:
+    def __init__(
+        self, name: str, stdout: asyncio.StreamReader, max_line: int, on_end: Callable[[], None], probe: _Probe
+    ) -> None:
         self._name = name
         self._stdout = stdout
         self._lines = LineSplitter(max_line)
         self._max_line = max_line
         self._ready: deque[SessionMessage] = deque()
         self._on_end = on_end
+        self._probe: _Probe | None = probe
         self._closed = False
 
     async def receive(self) -> SessionMessage | Exception:
@@ -160,7 +183,9 @@ class _Reader:
             anyio.EndOfStream: the server has closed its stdout.
         """
         while not self._ready:
-            chunk = b"" if self._closed else await self._stdout.read(_CHUNK)
+            chunk = b"" if self._closed else await self._chunk()
+            if chunk is None:
+                continue
             if not chunk:
                 self._on_end()
                 raise anyio.EndOfStream
@@ -170,17 +195,37 @@ class _Reader:
                     self._ready.append(message)
         return self._ready.popleft()
 
+    async def _chunk(self) -> bytes | None:
+        """What the server wrote; None where the time of the probe ran out first."""
+        if self._probe is None:
+            return await self._stdout.read(_CHUNK)
+        try:
+            async with asyncio.timeout_at(self._probe.until):
+                return await self._stdout.read(_CHUNK)
+        except TimeoutError:
+            probed, self._probe = self._probe.request_id, None
+            if probed is not None:
+                self._ready.append(_error(probed, NO_PROBE_ANSWER_CODE, f"no answer to {_PROBE}"))
+            return None
+
     def _message(self, line: bytes | TooLong) -> SessionMessage | None:
         if isinstance(line, TooLong):
             return self._refusal(line)
         if not line.strip():
             return None
         try:
-            return SessionMessage(jsonrpc_message_adapter.validate_json(line, by_name=False))
+            message = jsonrpc_message_adapter.validate_json(line, by_name=False)
         except ValueError:
             # The content is left out: it may be anything, and what is meant to be read belongs on stderr.
             _log.warning("MCP server %s wrote %d bytes to stdout that are no JSON-RPC message", self._name, len(line))
-            return None
+            request_id = answered_id(line)
+            if request_id is None:
+                return None
+            reason = f"its answer of {len(line)} bytes is no valid JSON-RPC message"
+            return _error(request_id, UNREADABLE_CODE, reason)
+        if self._probe is not None and getattr(message, "id", None) == self._probe.request_id is not None:
+            self._probe = None
+        return SessionMessage(message)
 
     def _refusal(self, line: TooLong) -> SessionMessage | None:
         """The answer to the request whose own answer was too long."""
@@ -190,8 +235,7 @@ class _Reader:
             # Nobody can be told that his answer is gone, and waiting for it would last until the call's time-out.
             self._closed = True
             return None
-        error = ErrorData(code=TOO_LARGE_CODE, message="too large", data=line.size)
-        return SessionMessage(JSONRPCError(jsonrpc="2.0", id=request_id, error=error))
+        return _error(request_id, TOO_LARGE_CODE, "too large", line.size)
 
     def __aiter__(self) -> Self:
         return self
@@ -218,8 +262,9 @@ class _Reader:
 class _Writer:
     """The SDK's write stream over the server's stdin."""
 
-    def __init__(self, stdin: asyncio.StreamWriter) -> None:
+    def __init__(self, stdin: asyncio.StreamWriter, probe: _Probe) -> None:
         self._stdin = stdin
+        self._probe = probe
 
     async def send(self, item: SessionMessage) -> None:
         """Write a message whole: it is handed over before the first wait, so a cancelled sender can't cut it.
@@ -232,6 +277,8 @@ class _Writer:
             raise anyio.BrokenResourceError
         if (exchange := current_exchange()) is not None:
             exchange.sent = True
+        if isinstance(item.message, JSONRPCRequest) and item.message.method == _PROBE:
+            self._probe.request_id = item.message.id
         try:
             self._stdin.write(line)
             await self._stdin.drain()
@@ -249,6 +296,12 @@ class _Writer:
         self, exc_type: type[BaseException] | None, exc_val: BaseException | None, exc_tb: TracebackType | None
     ) -> None:
         await self.aclose()
+
+
+def _error(request_id: int | str, code: int, message: str, data: int | None = None) -> SessionMessage:
+    """An error answer that the server did not give."""
+    error = ErrorData(code=code, message=message, data=data)
+    return SessionMessage(JSONRPCError(jsonrpc="2.0", id=request_id, error=error))
 
 
 async def _log_stderr(name: str, stderr: asyncio.StreamReader) -> None:

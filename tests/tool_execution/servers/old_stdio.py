@@ -1,15 +1,17 @@
 """A stdio MCP server written by hand against the oldest protocol, with the manners of servers that are about.
 
-    old_stdio.py [silent | strict | mute] [big-first | big-last]
+    old_stdio.py [silent | strict | mute] [big-first | big-last] [slow] [noisy]
 
 silent: ignores requests before the handshake. strict: exits at them. mute: never answers anything.
-big-first, big-last: where the id stands in the answer of `big`.
+big-first, big-last: where the id stands in the answer of `big`. slow: takes 4 s to start.
+noisy: a line on stderr for each start and each request before the handshake.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 
 VERSION = "2024-11-05"
 TOOL = {"name": "old_echo", "inputSchema": {"type": "object", "properties": {"text": {"type": "string"}}}}
@@ -35,12 +37,19 @@ def call(request: dict[str, object]) -> None:
             answer(request, {"content": "no list"})
         case "internal":
             send(json.dumps({"jsonrpc": "2.0", "id": request["id"], "error": {"code": -32603, "message": "it broke"}}))
+        case "unreadable":
+            start = f'{{"jsonrpc":"2.0","id":{request["id"]},"result":{{"content":'.encode()
+            body = {"utf8": b'["\xff"]', "surrogate": b'["\\ud800"]', "nested": b"[" * 50_000 + b"]" * 50_000}
+            sys.stdout.buffer.write(start + body[arguments["how"]] + b"}}\n")
+            sys.stdout.buffer.flush()
         case "big":
             body = json.dumps({"content": [{"type": "text", "text": 'a "id":3} b' * arguments["size"]}]})
             if "big-last" in sys.argv:
                 send(f'{{"result":{body},"id":{request["id"]}}}')
             else:
                 send(f'{{"jsonrpc":"2.0","id":{request["id"]},"result":{body}}}')
+        case "exit":
+            sys.exit(1)
         case name:
             error = {"code": -32602, "message": f"no tool {name}"}
             send(json.dumps({"jsonrpc": "2.0", "id": request["id"], "error": error}))
@@ -48,11 +57,17 @@ def call(request: dict[str, object]) -> None:
 
 def main() -> None:
     ready = False
+    if "noisy" in sys.argv:
+        print("old starts", file=sys.stderr, flush=True)
+    if "slow" in sys.argv:
+        time.sleep(4)
     for line in sys.stdin:
         request = json.loads(line)
         if "mute" in sys.argv or "id" not in request:
             continue
         method = request["method"]
+        if not ready and "noisy" in sys.argv:
+            print(f"old is asked {method}", file=sys.stderr, flush=True)
         if method == "initialize":
             ready = True
             info = {"name": "old", "version": "1"}
