@@ -9,6 +9,7 @@ from typing import Any, Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column
 from rich.text import Text
 
 from toolfleet.cli.client import JobsClient
@@ -80,11 +81,13 @@ class Bars:
         self._bars: dict[str, TaskID] = {}
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=30),
-            TextColumn("{task.fields[count]}", markup=False),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
+            # On a narrow terminal the note gives way, not the bar, the count or the time.
+            BarColumn(bar_width=30, table_column=Column(min_width=16)),
+            TextColumn("{task.fields[count]}", markup=False, table_column=Column(min_width=5)),
+            TimeElapsedColumn(table_column=Column(min_width=7)),
+            TextColumn("{task.fields[note]}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
             console=console,
+            expand=True,
         )
 
     def __enter__(self) -> Self:
