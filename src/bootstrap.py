@@ -48,6 +48,7 @@ from toolfleet.services.background_jobs.retry_policy import RetryPolicy
 from toolfleet.services.background_jobs.store_gate import StoreGate
 from toolfleet.services.background_jobs.submission import Limits, Submitter
 from toolfleet.services.background_jobs.sync_runs import SyncRunner
+from toolfleet.services.background_jobs.task_ending import end_tasks
 from toolfleet.services.background_jobs.task_executor import JobExecutor
 from toolfleet.services.background_jobs.task_lease import LeaseKeeper
 from toolfleet.services.background_jobs.task_models import Tier
@@ -241,7 +242,7 @@ async def _durability_told(core: Core) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        await _end([told])
+        await end_tasks([told])
 
 
 @contextlib.asynccontextmanager
@@ -316,7 +317,7 @@ async def open_service(
             stack.push_async_callback(gate.close)
             loops = [asyncio.create_task(keeper.run()), asyncio.create_task(keeper.watch_deadlines())]
             await core.feed.on_cancel(executor.worker_id, keeper.cancel)
-            stack.push_async_callback(_end, loops)
+            stack.push_async_callback(end_tasks, loops)
         submitter = Submitter(
             store=core.store,
             queue=core.queue,
@@ -329,12 +330,6 @@ async def open_service(
             store=core.store, queue=core.queue, feed=core.feed, catalogue=catalogue, submitter=submitter
         )
         yield Wired(core, service, catalogue)
-
-
-async def _end(tasks: list[asyncio.Task[None]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def default_worker_name(tier: Tier) -> str:
@@ -386,7 +381,7 @@ async def open_worker(
         try:
             yield worker
         finally:
-            await _end([watch])
+            await end_tasks([watch])
         if core.queue_state.mismatch is not None:
             raise core.queue_state.mismatch
 

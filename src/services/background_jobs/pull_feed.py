@@ -105,6 +105,7 @@ class PullFeed:
         self._wake = asyncio.Event()
         self._renew = False
         self._gone = False
+        self._stopping = False
         self._refusals = 0
         self._refused = False
         self._running = False
@@ -114,14 +115,19 @@ class PullFeed:
         """A slot has become free, or pulling may resume."""
         self._wake.set()
 
+    def stop(self) -> None:
+        """Ask for nothing more, deliver what is on its way, and end `run`."""
+        self._stopping = True
+        self._wake.set()
+
     async def run(self) -> None:
-        """Pull until cancelled."""
+        """Pull until stopped or cancelled."""
         loop = asyncio.get_running_loop()
         self._connection.on_reconnect(self._on_reconnect)
         self._running = True
         try:
             await self._open()
-            while True:
+            while not self._stopping:
                 await self._ask()
                 try:
                     async with asyncio.timeout(CHECK_S):

@@ -16,6 +16,7 @@ import structlog
 from toolfleet.services.background_jobs.ports import Delivery, JobQueue, JobStore, WorkerInfo
 from toolfleet.services.background_jobs.reconciler import Reconciler
 from toolfleet.services.background_jobs.store_gate import StoreGate
+from toolfleet.services.background_jobs.task_ending import end_tasks
 from toolfleet.services.background_jobs.task_executor import JobExecutor
 from toolfleet.services.background_jobs.task_lease import LeaseKeeper
 from toolfleet.services.background_jobs.task_models import Tier
@@ -26,6 +27,8 @@ log = structlog.get_logger(__name__)
 
 HAND_BACK_S: Final = 5.0
 """Of the drain time, what is kept for stopping calls and handing jobs back."""
+PULL_END_S: Final = 3.0
+"""For the pull to end in order; without NATS it can't, and is cut off."""
 ONE_SIGNAL_S: Final = 0.2
 """Signals closer than this are one: a process group and its leader are often both signalled, by `timeout` for one."""
 ENDED: Final = ("completed", "failed", "cancelled", "unknown")
@@ -38,8 +41,11 @@ class Feed(Protocol):
     def poke(self) -> None:
         """A slot has become free, or pulling may resume."""
 
+    def stop(self) -> None:
+        """Ask for nothing more, deliver what is on its way, and end `run`."""
+
     async def run(self) -> None:
-        """Pull until cancelled."""
+        """Pull until stopped or cancelled."""
 
 
 FeedFactory = Callable[[Callable[[], int], Callable[[Delivery], None]], Feed]
@@ -146,14 +152,11 @@ class TaskWorker:
                 code = 1
             self._stop.set()
             # The pull ends first: what it still brings is handed back, and nothing comes to a worker that leaves.
-            named["pull"].cancel()
-            await asyncio.wait([named["pull"]])
+            self._feed.stop()
+            await asyncio.wait([named["pull"]], timeout=PULL_END_S)
             await self._drain()
         finally:
-            stop.cancel()
-            for task in (*loops, *self._jobs):
-                task.cancel()
-            await asyncio.gather(*loops, *self._jobs, return_exceptions=True)
+            await end_tasks([stop, *loops, *self._jobs])
             self._state = "stopped"
             await self._report.retire()
         log.info("worker.stopped", worker=self.worker_id, jobs=self._done(), code=code)
