@@ -108,7 +108,6 @@ class PullFeed:
         self._stopping = False
         self._refusals = 0
         self._refused = False
-        self._running = False
         self.pulls = 0
 
     def poke(self) -> None:
@@ -124,7 +123,6 @@ class PullFeed:
         """Pull until stopped or cancelled."""
         loop = asyncio.get_running_loop()
         self._connection.on_reconnect(self._on_reconnect)
-        self._running = True
         try:
             await self._open()
             while not self._stopping:
@@ -145,7 +143,6 @@ class PullFeed:
                 if self._renew or (silent and self._connection.connected):
                     await self._reopen("asked" if self._renew else "silence")
         finally:
-            self._running = False
             await self._end()
 
     async def _make_consumer(self) -> None:
