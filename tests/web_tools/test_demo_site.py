@@ -26,7 +26,11 @@ async def test_a_crawl_of_each_section_finds_pages_of_its_own(crawl: CrawlFn) ->
         assert len({page.title for page in result.pages}) == len(result.pages)
         assert all(page.words > 200 for page in result.pages)
         reasons = {entry.url.removeprefix(base_url): entry.code for entry in result.skipped}
-        assert reasons == {CLOSED_PATH: SkipCode.ROBOTS, f"{section.path}latest": SkipCode.DUPLICATE}
+        # `latest` is a page of its section again; of the two, the one that was fetched later is the duplicate.
+        twins = reasons.keys() - {CLOSED_PATH}
+        assert len(twins) == 1
+        assert twins < {f"{section.path}latest", f"{section.path}7"}
+        assert reasons == dict.fromkeys(twins, SkipCode.DUPLICATE) | {CLOSED_PATH: SkipCode.ROBOTS}
 
 
 async def test_the_home_page_leads_to_every_section(crawl: CrawlFn) -> None:
