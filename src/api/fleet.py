@@ -1,16 +1,12 @@
-"""Routes about the fleet: tools, workers, dead letters."""
+"""Routes about the fleet: tools and workers; and its figures."""
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Depends
 
 from toolfleet.api.dependencies import Service, known_query
 from toolfleet.api.fleet_models import (
-    DeadLetterEntry,
     DeadLetterFigures,
-    DeadLetterList,
     QueueFigures,
     Rates,
     Stats,
@@ -22,13 +18,13 @@ from toolfleet.api.fleet_models import (
     WorkerList,
 )
 from toolfleet.api.openapi import problems
-from toolfleet.services.background_jobs.errors import MalformedTask, NewerTask
-from toolfleet.services.background_jobs.ports import DeadLetter, QueueStats, StoreStats, WorkerInfo
-from toolfleet.services.background_jobs.task_models import Millis, TaskDefinition, Tier, iso_time
+from toolfleet.services.background_jobs.admission import MAX_FILL
+from toolfleet.services.background_jobs.ports import StoreStats, WorkerInfo
+from toolfleet.services.background_jobs.queue_ports import QueueStats
+from toolfleet.services.background_jobs.task_models import Millis, Tier, iso_time
 
 NEARLY_FULL = 0.8
 """Share of the dead letter stream's size from which on a warning stands in the stats: the oldest go first."""
-MAX_SEQ = 2**63 - 1
 
 router = APIRouter(prefix="/api/v1", tags=["fleet"], dependencies=[Depends(known_query)])
 
@@ -46,6 +42,8 @@ async def tools(service: Service) -> ToolList:
                 description=spec.description,
                 input_schema=dict(spec.input_schema),
                 repeatable=spec.repeatable,
+                policy="repeatable" if spec.repeatable else "once",
+                policy_source=spec.policy_source,
             )
             for spec in found
         ]
@@ -74,42 +72,21 @@ def _worker(info: WorkerInfo) -> Worker:
     )
 
 
-@router.get(
-    "/dead-letters", operation_id="list_dead_letters", summary="What needs a person", responses=problems(422, 503)
-)
-async def dead_letters(
-    service: Service,
-    cursor: Annotated[int, Query(ge=0, le=MAX_SEQ, description="Of the page before.")] = 0,
-    limit: Annotated[int, Query(ge=1, le=200)] = 50,
-) -> DeadLetterList:
-    """Oldest first."""
-    page = await service.dead_letters(cursor, limit)
-    return DeadLetterList(dead_letters=[_entry(letter) for letter in page.entries], cursor=page.cursor)
-
-
-def _entry(letter: DeadLetter) -> DeadLetterEntry:
-    try:
-        tools = [call.tool_name for call in TaskDefinition.from_json(letter.payload).tools]
-    except (MalformedTask, NewerTask):
-        tools = []
-    return DeadLetterEntry(
-        seq=letter.seq,
-        at=iso_time(letter.at),
-        job_id=letter.job_id,
-        attempt=letter.fence,
-        reason=letter.reason,
-        message=letter.message,
-        tools=tools,
-        payload_bytes=len(letter.payload),
-    )
-
-
-def stats_of(store: StoreStats, queue: QueueStats | None, alive: list[WorkerInfo], now: Millis) -> Stats:
+def stats_of(
+    store: StoreStats, queue: QueueStats | None, alive: list[WorkerInfo], now: Millis, tier_max_jobs: int
+) -> Stats:
     """The fleet's figures; `now` by the clock of this process, for ages."""
     letters = _dead_letters(queue, now) if queue is not None else None
     return Stats(
         tiers={
-            tier: TierFigures(queued=f.queued, running=f.running, oldest_age_seconds=f.oldest_age_ms / 1000)
+            tier: TierFigures(
+                queued=f.queued,
+                running=f.running,
+                oldest_age_seconds=f.oldest_age_ms / 1000,
+                in_queue=queue.tiers[tier].jobs if queue else None,
+                max_in_queue=tier_max_jobs,
+                max_bytes=int(MAX_FILL[tier] * queue.max_bytes) if queue else None,
+            )
             for tier, f in store.tiers.items()
         },
         totals=dict(store.totals),
@@ -150,8 +127,8 @@ def _warnings(
     if letters is not None and letters.bytes >= NEARLY_FULL * letters.max_bytes:
         found.append(
             f"the dead letter stream is {100 * letters.bytes / letters.max_bytes:.0f} % full, and then the oldest "
-            "entries go. List them with GET /api/v1/dead-letters or `toolfleet dlq list`, submit what is still wanted "
-            "again under a new Idempotency-Key, or raise TOOLFLEET_DLQ_MAX_BYTES"
+            "entries go. List them with GET /api/v1/dead-letters or `toolfleet dlq list`, redrive what is wanted, "
+            "discard the rest, or raise TOOLFLEET_DLQ_MAX_BYTES"
         )
     for tier, figures in store.tiers.items():
         if figures.queued and not any(info.tier is tier for info in alive):

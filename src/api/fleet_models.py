@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 from toolfleet.api.models import IsoTime
 from toolfleet.services.background_jobs.task_models import Status, Tier
@@ -21,6 +21,12 @@ class TierFigures(_Answer):
     running: int
     oldest_age_seconds: float
     """Of the oldest job that is due and waits; 0 where none does."""
+    in_queue: int | None
+    """Jobs of the tier in the queue, waiting and running; null while NATS is down."""
+    max_in_queue: int
+    """At so many a further job is answered 429."""
+    max_bytes: int | None
+    """Fill of the whole stream above which the tier's jobs are answered 429; null while NATS is down."""
 
 
 class Rates(_Answer):
@@ -84,6 +90,10 @@ class Tool(_Answer):
     input_schema: dict[str, JsonValue]
     repeatable: bool
     """Read-only or idempotent: it may run again after an attempt whose outcome is not known."""
+    policy: Literal["repeatable", "once"]
+    """The same in a word. `once`: a call that was started and whose outcome is not known makes its job `unknown`."""
+    policy_source: Literal["annotation", "default", "setting"]
+    """Who says so: the tool's own MCP annotations, their defaults where it says nothing, or TOOLFLEET_TOOL_POLICY."""
 
 
 class ToolList(_Answer):
@@ -112,30 +122,6 @@ class WorkerList(_Answer):
     """The workers that are alive."""
 
     workers: list[Worker]
-
-
-class DeadLetterEntry(_Answer):
-    """A job, or a message that is no job, that needs a person."""
-
-    seq: int
-    """Its place in the dead letter stream."""
-    at: IsoTime
-    job_id: str | None
-    """Null for a malformed message."""
-    attempt: int
-    reason: str
-    message: str
-    tools: list[str]
-    """Names of the tools it was to call; empty for a malformed message."""
-    payload_bytes: int
-
-
-class DeadLetterList(_Answer):
-    """Dead letters from the oldest."""
-
-    dead_letters: list[DeadLetterEntry]
-    cursor: int | None = Field(ge=0)
-    """Of the next page; null on the last one."""
 
 
 class Live(_Answer):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import pwd
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any, Final, Self
@@ -85,7 +87,7 @@ class JobsClient:
         self.url = url.rstrip("/").removesuffix("/jobs").removesuffix(_PATH)
         # A proxy of the environment is for the way out, not for this machine.
         local = parts.hostname in ("127.0.0.1", "localhost", "::1")
-        self._http = httpx.AsyncClient(base_url=self.url, timeout=_TIMEOUT, trust_env=not local)
+        self._http = httpx.AsyncClient(base_url=self.url, timeout=_TIMEOUT, trust_env=not local, headers=_who())
         self._tell = tell
 
     async def __aenter__(self) -> Self:
@@ -126,6 +128,10 @@ class JobsClient:
         """Any other page of the API, ``path`` as it stands below ``/api/v1``."""
         given = {name: value for name, value in query.items() if value is not None}
         return (await self._call("GET", f"{_PATH}/{path}", params=given))[1]
+
+    async def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Any other change, ``path`` as it stands below ``/api/v1``."""
+        return (await self._call("POST", f"{_PATH}/{path}", body=body))[1]
 
     async def ready(self) -> dict[str, Any]:
         """The API's parts, where all of them are there."""
@@ -236,6 +242,15 @@ class JobsClient:
         if isinstance(error, httpx.ReadTimeout):
             return ApiSilent(self.url, changes=method != "GET")
         return ApiUnreachable(self.url, _reason(error))
+
+
+def _who() -> dict[str, str]:
+    """The user of this system, for the logs of jobs that are decided or run again."""
+    try:
+        name = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        name = f"uid {os.getuid()}"
+    return {"X-Toolfleet-User": name} if name.isascii() and name.isprintable() and name.strip() == name else {}
 
 
 def _reason(error: Exception) -> str:

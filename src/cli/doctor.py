@@ -293,9 +293,12 @@ async def _tool_servers(settings: Settings, servers: list[McpServer]) -> list[Ch
                       "set TOOLFLEET_MCP_CONFIG, or register one in Consul with the tag 'mcp'")]  # fmt: skip
     # Imported late: the MCP SDK takes longer to load than all other checks together.
     from toolfleet.services.tool_execution.mcp_servers import McpServers
+    from toolfleet.services.tool_execution.policy import unused_overrides
 
     registry = build_registry(settings)
     links = McpServers(registry, settings)
+
+    listed: dict[str, list[str]] = {}
 
     async def look(server: McpServer) -> list[Check]:
         part = f"tools of {server.name}"
@@ -303,14 +306,18 @@ async def _tool_servers(settings: Settings, servers: list[McpServer]) -> list[Ch
             tools = await links.list_tools(server.name)
         except ToolFailure as error:
             return [Check(part, "wrong", f"{server.location}: {error}", "start the server, or correct its entry")]
-        names = ", ".join(str(tool["name"]) for tool in tools) or "no tools"
+        listed[server.name] = [str(tool["name"]) for tool in tools]
+        names = ", ".join(listed[server.name]) or "no tools"
         return [Check(part, "ok", f"{server.location}: {names}")]
 
     try:
         found = await asyncio.gather(
             *(_bounded(f"tools of {server.name}", look(server), TOOL_SERVER_S) for server in servers)
         )
-        return [check for part in found for check in part]
+        unlisted = [server.name for server in servers if server.name not in listed]
+        unused = unused_overrides(settings.tool_policy, listed, unlisted)
+        policy = [Check("tool policy", "unsure", told, "correct the entry: it changes nothing") for told in unused]
+        return [*(check for part in found for check in part), *policy]
     finally:
         await links.close()
         await registry.close()

@@ -6,8 +6,9 @@
 | 1 | failed; of a watched job: failed; of `doctor`: something is wrong |
 | 2 | usage: the command line, or the job it asks for, is not valid |
 | 3 | a watched job was cancelled |
-| 4 | a watched job is unknown: a person has to decide a call (`toolfleet resolve`) |
+| 4 | a job that is watched, or whose result is asked for, is unknown: decide its calls (`toolfleet resolve`) |
 | 69 | the jobs API can't be reached (EX_UNAVAILABLE of sysexits.h) |
+| 70 | of a worker: its event loop was blocked and it ended itself (EX_SOFTWARE); `loop_watchdog` |
 | 75 | not now, try again later: the API said 429 or 503, or a job still runs (EX_TEMPFAIL) |
 | 130 | Ctrl-C; 143 SIGTERM, 129 SIGHUP |
 """

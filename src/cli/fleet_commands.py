@@ -1,4 +1,4 @@
-"""The commands about the fleet: stats, jobs, tools, dlq list."""
+"""The commands about the fleet: stats, jobs, tools."""
 
 from __future__ import annotations
 
@@ -55,13 +55,14 @@ async def _watch_stats(api: str, *, as_json: bool) -> None:
 
 def _stats_text(answer: Answer) -> str:
     workers, by_tier = answer["workers"], answer["workers"]["by_tier"]
-    lines = [f"{'tier':<8}{'queued':>8}{'running':>9}{'oldest':>9}{'workers':>9}"]
+    lines = [f"{'tier':<8}{'queued':>8}{'running':>9}{'oldest':>9}{'workers':>9}{'in queue, of at most':>23}"]
     for tier in TIERS:
         figures = answer["tiers"].get(tier, {})
         oldest = figures.get("oldest_age_seconds") or 0
+        queue = "-" if figures.get("in_queue") is None else f"{figures['in_queue']} of {figures['max_in_queue']}"
         lines.append(
             f"{tier:<8}{figures.get('queued', 0):>8}{figures.get('running', 0):>9}"
-            f"{span(oldest) if oldest else '-':>9}{by_tier.get(tier, 0):>9}"
+            f"{span(oldest) if oldest else '-':>9}{by_tier.get(tier, 0):>9}{queue:>23}"
         )
     totals = ", ".join(f"{count} {status}" for status, count in answer["totals"].items())
     rates = answer["rates"]
@@ -122,33 +123,14 @@ def tools(api: str, *, as_json: bool) -> int:
         print_json(answer)
         return OK
     table(
-        ("tool", "server", "arguments", "description"),
+        ("tool", "server", "arguments", "may run", "description"),
         (
-            (tool["name"], tool["server"], _arguments(tool["input_schema"]), _first_line(tool))
+            (tool["name"], tool["server"], _arguments(tool["input_schema"]), _policy(tool), _first_line(tool))
             for tool in answer["tools"]
         ),
     )
     if not answer["tools"]:
         say("no tool server is registered; set TOOLFLEET_MCP_CONFIG, or register one in Consul with the tag 'mcp'")
-    return OK
-
-
-def dead_letters(api: str, *, limit: int, cursor: str | None, as_json: bool) -> int:
-    """What needs a person, oldest first."""
-    answer = _ask(api, lambda client: client.get("dead-letters", limit=limit, cursor=cursor))
-    if as_json:
-        print_json(answer)
-        return OK
-    table(
-        ("seq>", "age>", "job", "reason", "message"),
-        (
-            (entry["seq"], ago(entry["at"]), entry["job_id"] or "(malformed)", entry["reason"], entry["message"])
-            for entry in answer["dead_letters"]
-        ),
-    )
-    if not answer["dead_letters"]:
-        say("there are no dead letters")
-    _say_more(answer)
     return OK
 
 
@@ -161,6 +143,11 @@ def _arguments(schema: Mapping[str, Any]) -> str:
     """The names of the arguments; those that need not be given in brackets."""
     required = schema.get("required") or ()
     return " ".join(name if name in required else f"[{name}]" for name in schema.get("properties") or {})
+
+
+def _policy(tool: Mapping[str, Any]) -> str:
+    """How often a call may run, and who says so."""
+    return f"{'again' if tool['repeatable'] else 'once'} ({tool['policy_source']})"
 
 
 def _first_line(tool: Mapping[str, Any]) -> str:

@@ -5,15 +5,24 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from toolfleet.cli.client import JobsClient
-from toolfleet.cli.exits import INTERRUPTED, OK, TRY_AGAIN, exit_code_of
+from toolfleet.cli.exits import INTERRUPTED, OK, TRY_AGAIN, UNKNOWN, exit_code_of
 from toolfleet.cli.output import out, print_json, say
 from toolfleet.cli.values import json_value, tool_arguments
 from toolfleet.cli.watching import follow, follower_for
 
 Answer = dict[str, Any]
+
+CALL_STOPS: Final = {
+    "ended": "had ended before",
+    "not_sent": "never reached its tool",
+    "stopped": "has stopped",
+    "told": "its tool was told and has not confirmed that it stopped; it may still be running",
+    "not_told": "its tool could not be told so far; it may still be running",
+}
+"""How far a cancel got with one call, for people."""
 
 
 def submit(
@@ -76,7 +85,7 @@ def watch(api: str, job_id: str, *, after: int, as_json: bool, show_result: bool
 
 
 def result(api: str, job_id: str, *, as_json: bool) -> int:
-    """Print each call's result; 75 while the job runs."""
+    """Print each call's result; 75 while the job runs, 4 where a person has to decide a call first."""
     ended, answer = _ask(api, lambda client: client.result(job_id))
     if as_json:
         print_json(answer)
@@ -86,7 +95,11 @@ def result(api: str, job_id: str, *, as_json: bool) -> int:
     if not as_json:
         _print_results(answer)
         say(f"{job_id} {answer['status']}{_because(answer)}")
-    return OK
+    if answer["status"] != "unknown":
+        return OK
+    undecided = [entry["tool_call_id"] for entry in answer["results"] if entry["status"] == "unknown"]
+    _say_undecided({"job_id": job_id, "undecided_calls": undecided})
+    return UNKNOWN
 
 
 def cancel(api: str, job_id: str, *, as_json: bool) -> int:
@@ -101,14 +114,19 @@ def cancel(api: str, job_id: str, *, as_json: bool) -> int:
         "already_cancelled": f"{job_id} was cancelled already",
     }.get(str(outcome), f"{job_id} is being cancelled; follow it with: toolfleet watch {job_id}")
     told = {
-        "queued": "it had not been started",
+        "queued": "it was not running",
         "worker": "its worker has stopped it",
         "tool": "the tool's server was told",
         "requested": "its worker has not answered yet",
     }.get(str(reached))
     print(text + (f"; {told}" if told and outcome != "already_cancelled" else ""))
-    if still := answer.get("still_running"):
-        say(f"these calls were told to stop and have not confirmed it: {', '.join(map(str, still))}")
+    calls = answer.get("calls") or ()
+    if reached != "queued":
+        for call in calls:
+            state = str(call["state"])
+            print(f"{call['tool_call_id']} {call['tool_name']}: {CALL_STOPS.get(state, state)}")
+    if not calls and (still := answer.get("still_running")):
+        say(f"these calls have not confirmed that they stopped: {', '.join(map(str, still))}")
     return OK
 
 

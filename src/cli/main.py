@@ -4,15 +4,16 @@ command that only asks the API, load neither a server nor the job core.
 
 from __future__ import annotations
 
-import re
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from toolfleet.cli.dlq import dlq
 from toolfleet.cli.exits import FAILED, INTERRUPTED, USAGE, CliError
+from toolfleet.cli.options import Api, JobId, Json, api_url, settings_of
 
 app = typer.Typer(
     name="toolfleet",
@@ -26,12 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-dlq = typer.Typer(help="Dead letters: what needs a person.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(dlq, name="dlq")
-
-
-_JOB_ID = re.compile(r"job_[0-7][0-9A-HJKMNP-TV-Z]{25}")
-"""As `task_models.is_job_id`, which would bring the job core with it."""
 
 
 class TierName(StrEnum):
@@ -61,18 +57,6 @@ class DecisionName(StrEnum):
     FAILED = "failed"
 
 
-Api = Annotated[str | None, typer.Option("--api", metavar="URL", help="Of the jobs API; TOOLFLEET_API_URL.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
-
-
-def _job_id(text: str) -> str:
-    # What is no id names no job: the API need not be there to say so.
-    if not _JOB_ID.fullmatch(text):
-        raise CliError(f"'{text}' is not the id of a job; ids look like job_01JZ0G9V6M4Q2R8T3W5X7Y9ZAB", USAGE)
-    return text
-
-
-JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id, job_….", callback=_job_id)]
 Limit = Annotated[int, typer.Option("--limit", min=1, max=500, help="Rows of a page.")]
 
 
@@ -96,7 +80,7 @@ def up(
     """Start everything and leave it running until Ctrl-C, which drains; a second one ends it at once."""
     from toolfleet.cli.up import up as run
 
-    raise typer.Exit(run(_settings(api_port=port), data, ready_file))
+    raise typer.Exit(run(settings_of(api_port=port), data, ready_file))
 
 
 @app.command()
@@ -108,7 +92,7 @@ def api(
     """Serve the jobs API."""
     from toolfleet.cli.processes import run_api
 
-    raise typer.Exit(run_api(_settings(api_host=host, api_port=port), ready_file))
+    raise typer.Exit(run_api(settings_of(api_host=host, api_port=port), ready_file))
 
 
 @app.command()
@@ -122,7 +106,7 @@ def worker(
     from toolfleet.cli.processes import run_worker
     from toolfleet.services.background_jobs.task_models import Tier
 
-    settings = _settings(concurrency=concurrency, worker_name=name)
+    settings = settings_of(concurrency=concurrency, worker_name=name)
     raise typer.Exit(run_worker(settings, Tier(tier.value), status_file))
 
 
@@ -137,7 +121,7 @@ def doctor(
     """Say what is reachable, in which version, set how, and what to do; exit code 1 where something is wrong."""
     from toolfleet.cli.doctor import doctor as run
 
-    settings = _settings(api_url=api)
+    settings = settings_of(api_url=api)
     raise typer.Exit(run(settings, settings.api_url, accept_stream=accept_stream, as_json=as_json))
 
 
@@ -177,7 +161,7 @@ def submit(
         "timeout_seconds": timeout,
         "delay_seconds": delay,
     }
-    raise typer.Exit(run(_api_url(api), call, options, key=key, watch_it=watch, as_json=as_json))
+    raise typer.Exit(run(api_url(api), call, options, key=key, watch_it=watch, as_json=as_json))
 
 
 @app.command()
@@ -190,15 +174,15 @@ def watch(
     """Follow a job to its end; the exit code is the job's. Ctrl-C leaves the job running."""
     from toolfleet.cli.job_commands import watch as run
 
-    raise typer.Exit(run(_api_url(api), job, after=after, as_json=as_json))
+    raise typer.Exit(run(api_url(api), job, after=after, as_json=as_json))
 
 
 @app.command()
 def result(job: JobId, api: Api = None, as_json: Json = False) -> None:
-    """Print what each call of a job gave; exit code 75 while it runs."""
+    """Print what each call of a job gave; exit code 75 while it runs, 4 where a call is to be decided first."""
     from toolfleet.cli.job_commands import result as run
 
-    raise typer.Exit(run(_api_url(api), job, as_json=as_json))
+    raise typer.Exit(run(api_url(api), job, as_json=as_json))
 
 
 @app.command()
@@ -206,7 +190,7 @@ def cancel(job: JobId, api: Api = None, as_json: Json = False) -> None:
     """Stop a job, and say how far that got."""
     from toolfleet.cli.job_commands import cancel as run
 
-    raise typer.Exit(run(_api_url(api), job, as_json=as_json))
+    raise typer.Exit(run(api_url(api), job, as_json=as_json))
 
 
 @app.command()
@@ -214,7 +198,7 @@ def retry(job: JobId, api: Api = None, as_json: Json = False) -> None:
     """Run a failed or cancelled job again, without the calls that succeeded."""
     from toolfleet.cli.job_commands import retry as run
 
-    raise typer.Exit(run(_api_url(api), job, as_json=as_json))
+    raise typer.Exit(run(api_url(api), job, as_json=as_json))
 
 
 @app.command()
@@ -234,7 +218,7 @@ def resolve(
 
     if result is not None and decision is not DecisionName.COMPLETED:
         raise CliError("--result goes with the decision completed", USAGE)
-    raise typer.Exit(run(_api_url(api), job, call, decision.value, result_text=result, note=note, as_json=as_json))
+    raise typer.Exit(run(api_url(api), job, call, decision.value, result_text=result, note=note, as_json=as_json))
 
 
 # -- the fleet through the API -------------------------------------------------------------------------------------
@@ -249,7 +233,7 @@ def stats(
     """Figures of tiers, jobs, queue and workers."""
     from toolfleet.cli.fleet_commands import stats as run
 
-    raise typer.Exit(run(_api_url(api), watch_it=watch, as_json=as_json))
+    raise typer.Exit(run(api_url(api), watch_it=watch, as_json=as_json))
 
 
 @app.command()
@@ -266,7 +250,7 @@ def jobs(
 
     raise typer.Exit(
         run(
-            _api_url(api),
+            api_url(api),
             status=status.value if status else None,
             tier=tier.value if tier else None,
             limit=limit,
@@ -281,46 +265,10 @@ def tools(api: Api = None, as_json: Json = False) -> None:
     """List what the fleet can call."""
     from toolfleet.cli.fleet_commands import tools as run
 
-    raise typer.Exit(run(_api_url(api), as_json=as_json))
-
-
-@dlq.command("list")
-def dlq_list(
-    limit: Limit = 20,
-    cursor: Annotated[str | None, typer.Option(help="Of the page before.")] = None,
-    api: Api = None,
-    as_json: Json = False,
-) -> None:
-    """List dead letters, oldest first."""
-    from toolfleet.cli.fleet_commands import dead_letters as run
-
-    raise typer.Exit(run(_api_url(api), limit=limit, cursor=cursor, as_json=as_json))
+    raise typer.Exit(run(api_url(api), as_json=as_json))
 
 
 # -- around the commands -------------------------------------------------------------------------------------------
-
-
-def _settings(**given: Any) -> Any:
-    """The settings, with the options that were given in place of their variables.
-
-    Raises:
-        CliError: a variable or option does not parse; the message names it and shows no value.
-    """
-    from pydantic import ValidationError
-
-    from toolfleet.settings import Settings
-
-    try:
-        return Settings(**{name: value for name, value in given.items() if value is not None})
-    except ValidationError as error:
-        found = error.errors(include_input=False, include_url=False, include_context=False)
-        text = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in found)
-        raise CliError(f"a setting is not valid: {text}", USAGE) from None
-
-
-def _api_url(given: str | None) -> str:
-    url: str = given or _settings().api_url
-    return url
 
 
 def main() -> None:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -90,3 +92,27 @@ def _no_constant(name: str) -> NoReturn:
 
 def _usage(message: str) -> CliError:
     return CliError(message, USAGE)
+
+
+_AGO = re.compile(r"(\d{1,9}(?:\.\d{1,3})?)([smhd])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def moment(text: str | None, option: str) -> str | None:
+    """A time for the API (RFC 3339): ``90s``, ``15m``, ``2h`` or ``3d`` ago, or the time itself with its zone.
+
+    Raises:
+        CliError: with exit code 2; it is neither.
+    """
+    if text is None:
+        return None
+    if found := _AGO.fullmatch(text):
+        age = timedelta(seconds=float(found[1]) * _SECONDS[found[2]])
+        return (datetime.now(UTC) - age).isoformat()
+    try:
+        told = datetime.fromisoformat(text)
+    except ValueError:
+        told = None
+    if told is None or told.tzinfo is None:
+        raise _usage(f"{option} '{text}' is no time; write 90s, 15m, 2h or 3d, or a time such as 2030-01-01T12:00:00Z")
+    return told.isoformat()

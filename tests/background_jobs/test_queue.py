@@ -12,7 +12,7 @@ from tests.conftest import SettingsFactory
 from toolfleet.bootstrap import Core, open_core
 from toolfleet.services.background_jobs.errors import QueueError, QueueUnavailable, StreamMismatch
 from toolfleet.services.background_jobs.nats_task_queue import NatsTaskQueue
-from toolfleet.services.background_jobs.ports import DeadLetter
+from toolfleet.services.background_jobs.queue_ports import DeadLetter
 from toolfleet.services.background_jobs.task_models import Tier, new_job_id
 from toolfleet.services.embedded.nats_server import EmbeddedNats
 from toolfleet.settings import Settings
@@ -89,40 +89,49 @@ def letter(number: int, payload: bytes = b"{}") -> DeadLetter:
     return DeadLetter(new_job_id(), number, "too_many_starts", f"Nummer {number} \N{SNOWMAN}\nund so", payload)
 
 
-async def test_dead_letters_are_paged_from_the_oldest(queue: NatsTaskQueue) -> None:
+async def test_dead_letters_are_paged_from_the_oldest(core: Core) -> None:
     buried = [letter(number, bytes([number])) for number in range(1, 8)]
     for each in buried:
-        await queue.dead_letter(each)
+        await core.letters.store(each)
     found: list[DeadLetter] = []
     after: int | None = 0
     while after is not None:
-        page = await queue.dead_letters(after, 3)
+        page = await core.letters.page(after, 3)
         found += page.entries
         after = page.cursor
     assert [(e.job_id, e.fence, e.reason, e.message, e.payload) for e in found] == [
         (e.job_id, e.fence, e.reason, e.message, e.payload) for e in buried
     ]
     assert [entry.seq for entry in found] == list(range(1, 8))
-    figures = await queue.stats()
+    figures = await core.queue.stats()
     assert figures.dead_letters == 7
     assert figures.oldest_dead_letter_at == found[0].at > 0
 
 
-async def test_a_repeated_dead_letter_is_stored_once(queue: NatsTaskQueue) -> None:
+async def test_a_repeated_dead_letter_is_stored_once(core: Core) -> None:
     known, malformed = letter(1), DeadLetter(None, 0, "malformed", "not a task", b"\x00\xff")
     for each in (known, known, malformed, malformed):
-        await queue.dead_letter(each)
+        await core.letters.store(each)
     other = DeadLetter(known.job_id, 0, "malformed", "not a task", b"one")
-    await queue.dead_letter(other)
-    await queue.dead_letter(DeadLetter(known.job_id, 0, "malformed", "not a task", b"another"))
-    page = await queue.dead_letters(0, 10)
+    await core.letters.store(other)
+    await core.letters.store(DeadLetter(known.job_id, 0, "malformed", "not a task", b"another"))
+    page = await core.letters.page(0, 10)
     assert [entry.payload for entry in page.entries] == [b"{}", b"\x00\xff", b"one", b"another"]
     assert page.entries[1].job_id is None
 
 
-async def test_a_message_as_large_as_the_server_takes_can_be_buried(queue: NatsTaskQueue) -> None:
-    await queue.dead_letter(letter(1, b"x" * (1 << 20)))
-    (entry,) = (await queue.dead_letters(0, 10)).entries
+async def test_a_generation_has_one_letter_whichever_attempt_stored_it(core: Core) -> None:
+    # An attempt whose publish was stored without an answer is followed by one with another fence.
+    first = make_task()
+    second = first.model_copy(update={"generation": 2})
+    for task, fence in ((first, 4), (first, 5), (second, 6)):
+        await core.letters.store(DeadLetter(task.job_id, fence, "too_many_starts", "died", task.to_json()))
+    assert [letter.fence for letter in (await core.letters.page(0, 10)).entries] == [4, 6]
+
+
+async def test_a_message_as_large_as_the_server_takes_can_be_buried(core: Core) -> None:
+    await core.letters.store(letter(1, b"x" * (1 << 20)))
+    (entry,) = (await core.letters.page(0, 10)).entries
     assert len(entry.payload) > 1_000_000
 
 

@@ -53,7 +53,7 @@ def test_tools_of_both_servers(fleet: Fleet) -> None:
     crawl = next(row for row in rows if row[0] == "web_crawl")
     assert crawl[1:3] == ["web-tools", "url [max_pages] [max_depth] [same_host]"]
     # The operator's own server, from the file that TOOLFLEET_MCP_CONFIG named when the stack was started.
-    assert ["add", "toolbox", "a b", "Adds; structured."] in rows
+    assert ["add", "toolbox", "a b", "again (annotation)", "Adds; structured."] in rows
     assert {tool["name"] for tool in fleet.run("tools", "--json").json["tools"]} >= {"web_crawl", "add"}
 
 

@@ -60,7 +60,7 @@ def test_a_job_that_has_not_ended_has_no_result_yet_and_can_be_cancelled(fleet: 
     assert "there is no result yet" in early.err
     cancelled = fleet.run("cancel", job)
     assert cancelled.code == 0
-    assert "it had not been started" in cancelled.out
+    assert "it was not running" in cancelled.out
     assert "was cancelled already" in fleet.run("cancel", job).out
     watched = fleet.run("watch", job)
     assert watched.code == CANCELLED

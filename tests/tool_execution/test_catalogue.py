@@ -14,6 +14,7 @@ from tests.support.waiting import wait_until
 from tests.tool_execution.conftest import OpenTools
 from tests.tool_execution.harness import Caller, ListRegistry, Notes, old_stdio, stdio_toolbox, text
 from toolfleet.services.background_jobs.errors import ToolUnavailable, UnknownTool
+from toolfleet.services.background_jobs.redis_functions import RedisFunctions
 from toolfleet.services.discovery.models import McpServer
 from toolfleet.services.tool_execution.catalogue import CachedCatalogue
 
@@ -84,6 +85,36 @@ async def test_a_spec_says_what_the_server_says(notes: Notes, open_tools: OpenTo
     assert not (await catalogue.find("once")).repeatable
     assert (await catalogue.find("steps")).repeatable
     assert not (await catalogue.find("add")).repeatable
+
+
+@pytest.mark.promise("G5")
+async def test_the_policy_of_a_real_servers_tools_and_who_says_so(notes: Notes, open_tools: OpenTools) -> None:
+    catalogue = (await open_tools(stdio_toolbox(notes))).catalogue
+    found = {spec.tool: (spec.repeatable, spec.policy_source) for spec in await catalogue.tools()}
+    assert (found["echo"], found["add"]) == ((True, "annotation"), (True, "annotation"))
+    assert found["once"] == (False, "default")
+
+    # A server that is not trusted: whatever its tools say of themselves, none of them runs twice.
+    policy = {"toolbox/*": "once", "toolbox/steps": "repeatable"}
+    catalogue = (await open_tools(stdio_toolbox(notes), tool_policy=policy)).catalogue
+    for spec in await catalogue.tools():
+        assert (spec.repeatable, spec.policy_source) == (spec.tool == "steps", "setting")
+
+
+async def test_a_misspelt_entry_of_the_policy_is_told_once(
+    notes: Notes, open_tools: OpenTools, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = {"toolbox/ehco": "once", "toolbox/*": "once", "dead/order": "once"}
+    tools = await open_tools(stdio_toolbox(notes), DEAD, tool_policy=policy, catalogue_ttl=0.001)
+    catalogue = tools.catalogue
+    assert isinstance(catalogue, CachedCatalogue)
+    for _ in range(3):
+        await catalogue.find("echo")
+        await until_refreshed(catalogue)
+    told = [record.getMessage() for record in caplog.records if "TOOLFLEET_TOOL_POLICY" in record.getMessage()]
+    assert len(told) == 1, "once, and nothing of a server that was not reached"
+    assert "'toolbox/ehco'" in told[0]
+    assert "near: toolbox/echo" in told[0]
 
 
 async def test_an_unknown_name_is_refused_with_the_nearest(make_settings: SettingsFactory) -> None:
@@ -195,13 +226,15 @@ async def test_the_runner_does_not_call_unknown_what_an_unreached_server_may_off
         await tools.runner.describe("toolbox/nonsense")
 
 
-async def test_the_shared_copy_decides_while_the_servers_are_down(redis: Redis, make_settings: SettingsFactory) -> None:
-    first = CachedCatalogue(Listings(a=[tool("one", idempotentHint=True)]), redis, make_settings())
+async def test_the_shared_copy_decides_while_the_servers_are_down(
+    shared: RedisFunctions, make_settings: SettingsFactory
+) -> None:
+    first = CachedCatalogue(Listings(a=[tool("one", idempotentHint=True)]), shared, make_settings())
     await first.find("one")
     await until_refreshed(first)
 
     for servers in (Listings(a=None), Listings()):  # it is down; it has even left the registry
-        second = CachedCatalogue(servers, redis, make_settings(catalogue_ttl=0.001), look_again_s=0)
+        second = CachedCatalogue(servers, shared, make_settings(catalogue_ttl=0.001), look_again_s=0)
         spec = await second.find("one")
         assert (spec.server, spec.repeatable) == ("a", True)
         with pytest.raises(UnknownTool):
@@ -210,22 +243,24 @@ async def test_the_shared_copy_decides_while_the_servers_are_down(redis: Redis, 
         await second.close()
 
 
-async def test_processes_share_one_listing(redis: Redis, make_settings: SettingsFactory) -> None:
+async def test_processes_share_one_listing(shared: RedisFunctions, make_settings: SettingsFactory) -> None:
     servers = Listings(a=[tool("one")])
     for _ in range(3):
-        catalogue = CachedCatalogue(servers, redis, make_settings(catalogue_ttl=60))
+        catalogue = CachedCatalogue(servers, shared, make_settings(catalogue_ttl=60))
         await catalogue.find("one")
         await until_refreshed(catalogue)
 
     assert servers.asked == ["a"]
 
 
-async def test_a_server_that_left_makes_no_name_ambiguous(redis: Redis, make_settings: SettingsFactory) -> None:
-    first = CachedCatalogue(Listings(before=[tool("one")]), redis, make_settings())
+async def test_a_server_that_left_makes_no_name_ambiguous(
+    shared: RedisFunctions, make_settings: SettingsFactory
+) -> None:
+    first = CachedCatalogue(Listings(before=[tool("one")]), shared, make_settings())
     await first.find("one")
     await until_refreshed(first)
 
-    second = CachedCatalogue(Listings(now=[tool("one")]), redis, make_settings())
+    second = CachedCatalogue(Listings(now=[tool("one")]), shared, make_settings())
     await second.tools()
     await until_refreshed(second)
 
@@ -234,8 +269,8 @@ async def test_a_server_that_left_makes_no_name_ambiguous(redis: Redis, make_set
     assert (await second.find("before/one")).server == "before"
 
 
-async def test_no_key_is_without_a_ttl(redis: Redis, make_settings: SettingsFactory) -> None:
-    catalogue = CachedCatalogue(Listings(a=[tool("one")], b=[tool("two")]), redis, make_settings())
+async def test_no_key_is_without_a_ttl(redis: Redis, shared: RedisFunctions, make_settings: SettingsFactory) -> None:
+    catalogue = CachedCatalogue(Listings(a=[tool("one")], b=[tool("two")]), shared, make_settings())
     await catalogue.find("one")
     await until_refreshed(catalogue)
 
@@ -250,20 +285,24 @@ async def test_no_key_is_without_a_ttl(redis: Redis, make_settings: SettingsFact
 
 
 async def test_without_redis_memory_serves(make_settings: SettingsFactory) -> None:
-    async with Redis.from_url("redis://127.0.0.1:1") as nowhere:
+    async with Redis.from_url("redis://127.0.0.1:1") as client:
+        nowhere = RedisFunctions(client, timeout_s=5)
         catalogue = CachedCatalogue(Listings(a=[tool("one")]), nowhere, make_settings())
 
         assert (await catalogue.find("one")).server == "a"
         assert names(await catalogue.tools()) == ["one"]
         await catalogue.close()
+        await nowhere.close()
 
 
-async def test_what_another_version_wrote_is_left_alone(redis: Redis, make_settings: SettingsFactory) -> None:
+async def test_what_another_version_wrote_is_left_alone(
+    redis: Redis, shared: RedisFunctions, make_settings: SettingsFactory
+) -> None:
     await redis.zadd("tf:catalogue_servers", {"a": 1, "b": 2, "c": 3})
     await redis.set("tf:catalogue:a", "no json")
     await redis.set("tf:catalogue:b", json.dumps({"v": 2}))
 
-    catalogue = CachedCatalogue(Listings(d=[tool("one")]), redis, make_settings())
+    catalogue = CachedCatalogue(Listings(d=[tool("one")]), shared, make_settings())
 
     assert (await catalogue.find("one")).server == "d"
     await catalogue.close()

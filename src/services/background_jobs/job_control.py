@@ -1,43 +1,32 @@
-"""What a person changes about a job that is there: cancel (step 10) and reopen (step 11)."""
+"""Cancels a job that is there, and tells how far that got (step 10)."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import structlog
 
-from toolfleet.services.background_jobs.errors import IllegalMove, JobNotFound, QueueError, StoreUnavailable
+from toolfleet.services.background_jobs.errors import JobNotFound, QueueError, StoreUnavailable
 from toolfleet.services.background_jobs.event_reader import Replay
-from toolfleet.services.background_jobs.ports import EventFeed, JobQueue, JobStore, ReopenAnswer, Watch
+from toolfleet.services.background_jobs.ports import EventFeed, JobStore, Watch
+from toolfleet.services.background_jobs.queue_ports import JobQueue
 from toolfleet.services.background_jobs.task_models import (
-    ErrorInfo,
     EventType,
     JobEvent,
     JobRecord,
     Status,
     TaskDefinition,
-    ToolCall,
-    ToolResult,
 )
+from toolfleet.services.background_jobs.transitions import CallStop, StoppedCall
 
 log = structlog.get_logger(__name__)
 
 CANCEL_RECEIPT_S: Final = 1.0
 """How long a cancel waits for the worker's word (G8)."""
-REOPEN_TRIES: Final = 3
-INSTEAD: Final = {
-    Status.QUEUED.value: "it will run; cancel it if it should not",
-    Status.RUNNING.value: "wait for its end, or cancel it",
-    Status.COMPLETED.value: "every call has a result, so there is nothing to run or to decide",
-    Status.FAILED.value: "no outcome is unknown; POST …/retry runs what failed",
-    Status.CANCELLED.value: "no outcome is unknown; POST …/retry runs what was not done",
-    Status.UNKNOWN.value: "decide the calls whose outcome is not known with POST …/resolve",
-}
-"""What helps where a job's status does not allow what was asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +39,26 @@ class JobView:
     degraded: bool = False
 
 
+Reached = Literal["queued", "requested", "worker", "tool"]
+
+
 @dataclass(frozen=True, slots=True)
 class CancelReceipt:
     """How far a cancel got."""
 
     outcome: Literal["cancelled", "cancelling", "already_cancelled", "ended"]
-    reached: Literal["queued", "requested", "worker", "tool"]
+    reached: Reached
+    """`queued`: it was not running. `requested`: its worker has not answered yet. `worker`: that has stopped it, with
+    no tool to tell or none that could be told. `tool`: a tool's server was told."""
     status: Status
-    still_running: Sequence[str] = ()
-    """Calls whose tool was told and has not stopped."""
+    calls: Sequence[StoppedCall] = ()
+    """Every call of the job, and how far it got there."""
     worker: str | None = None
+
+    @property
+    def still_running(self) -> Sequence[str]:
+        """Calls whose tool may still be running."""
+        return [call.tool_call_id for call in self.calls if call.state.may_run]
 
 
 Get = Callable[[str, str], Awaitable[JobView]]
@@ -67,7 +66,7 @@ Get = Callable[[str, str], Awaitable[JobView]]
 
 
 class JobControl:
-    """Cancels and reopens."""
+    """Cancels."""
 
     def __init__(self, store: JobStore, queue: JobQueue, feed: EventFeed, get: Get) -> None:
         self._store = store
@@ -90,24 +89,39 @@ class JobControl:
                     raise JobNotFound(f"there is no job {job_id}", job_id=job_id)
                 answer = await self._store.cancel(job_id, reason, view.task)
             if answer.found == "already_cancelled":
-                return await self._earlier_receipt(job_id, view)
+                return await self._earlier_receipt(job_id)
             if answer.found == "ended":
                 return CancelReceipt("ended", "queued", answer.status or Status.COMPLETED)
             if answer.found == "cancelled_now":
                 await self._purge(job_id)
-                return CancelReceipt("cancelled", "queued", Status.CANCELLED)
+                return CancelReceipt("cancelled", "queued", Status.CANCELLED, _calls(answer.told))
             told = view.record.last_event if view.record is not None else 0
-            return await self._receipt(job_id, watch, told, answer.worker)
+            receipt = await self._receipt(job_id, watch, told, answer.worker)
+        if receipt.outcome == "cancelling" and view.record is not None:
+            return replace(receipt, calls=await self._calls_so_far(view.record))
+        return receipt
 
-    async def _earlier_receipt(self, job_id: str, view: JobView) -> CancelReceipt:
+    async def _earlier_receipt(self, job_id: str) -> CancelReceipt:
         """How far the cancel got that ended the job, as its last event tells."""
-        last = await self._store.events(job_id, max(0, view.record.last_event - 1)) if view.record else ()
+        record = await self._store.get(job_id)
+        last = await self._store.events(job_id, max(0, record.last_event - 1)) if record is not None else ()
         data = last[-1].data if last and last[-1].type is EventType.JOB_CANCELLED else {}
-        far = data.get("reached")
-        reached: Literal["queued", "worker", "tool"] = "tool" if far == "tool" else "worker" if far else "queued"
-        still = data.get("still_running")
-        left_behind = tuple(map(str, still)) if isinstance(still, list) else ()
-        return CancelReceipt("already_cancelled", reached, Status.CANCELLED, left_behind)
+        return CancelReceipt("already_cancelled", _reached(data), Status.CANCELLED, _calls(data))
+
+    async def _calls_so_far(self, record: JobRecord) -> Sequence[StoppedCall]:
+        """While the worker has not told how far it got, all that has no result may be running."""
+        try:
+            stored = await self._store.results(record.job_id)
+        except StoreUnavailable:
+            stored = {}
+        return [
+            StoppedCall(
+                call.tool_call_id,
+                call.tool_name,
+                CallStop.ENDED if call.tool_call_id in stored else CallStop.NOT_TOLD,
+            )
+            for call in record.task.tools
+        ]
 
     async def _purge(self, job_id: str) -> None:
         try:
@@ -126,10 +140,8 @@ class JobControl:
                 if event.type is EventType.JOB_CANCELLING and event.data.get("reached") == "worker":
                     reached = "worker"
                 if event.type is EventType.JOB_CANCELLED:
-                    far: Literal["worker", "tool"] = "tool" if event.data.get("reached") == "tool" else "worker"
-                    still = event.data.get("still_running")
-                    left_behind = tuple(map(str, still)) if isinstance(still, list) else ()
-                    return CancelReceipt("cancelled", far, Status.CANCELLED, left_behind, worker)
+                    data = event.data
+                    return CancelReceipt("cancelled", _reached(data), Status.CANCELLED, _calls(data), worker)
                 if event.ends_stream:
                     return CancelReceipt("ended", reached, Status(str(event.data["status"])), (), worker)
         return CancelReceipt("cancelling", reached, Status.RUNNING, (), worker)
@@ -143,80 +155,16 @@ class JobControl:
                 events = await self._store.events(job_id, replay.last)
         return [item for item in replay.take(events or ()) if isinstance(item, JobEvent)]
 
-    async def retry(self, job_id: str, *, tenant: str, reason: str) -> JobView:
-        """A new generation of a failed or cancelled job: the calls that did not succeed run again (step 11).
 
-        Raises:
-            JobNotFound: no such job.
-            IllegalMove: it has not failed and was not cancelled.
-        """
-        await self._get(job_id, tenant)
-        answer = await self._store.reopen(job_id, reason)
-        return await self._reopened(job_id, tenant, answer)
-
-    async def resolve(
-        self,
-        job_id: str,
-        tool_call_id: str,
-        decision: Literal["rerun", "completed", "failed"],
-        *,
-        result: Any,
-        note: str,
-        tenant: str,
-    ) -> JobView:
-        """A person's word on one call of an unknown job, once.
-
-        Raises:
-            JobNotFound: no such job, or it has no such undecided call.
-            IllegalMove: the job is not unknown, or the call was decided already.
-        """
-        view = await self._get(job_id, tenant)
-        task = view.record.task if view.record else view.task
-        call = next((c for c in task.tools if c.tool_call_id == tool_call_id), None) if task else None
-        if call is None:
-            raise JobNotFound(f"job {job_id} has no call {tool_call_id}", job_id=job_id)
-        decided = _decided(call, decision, result, note) if decision != "rerun" else None
-        answer = await self._store.resolve(job_id, tool_call_id, decision, decided, note)
-        return await self._reopened(job_id, tenant, answer)
-
-    async def _reopened(self, job_id: str, tenant: str, answer: ReopenAnswer) -> JobView:
-        match answer.verdict:
-            case "absent":
-                raise JobNotFound(f"there is no record of {job_id}", job_id=job_id)
-            case "not_allowed":
-                status = answer.status.value if answer.status else "?"
-                raise IllegalMove(
-                    f"job {job_id} is {status}: {INSTEAD.get(status, 'this is not possible')}", status=status
-                )
-            case "decided_already":
-                raise IllegalMove(f"this call of {job_id} was decided already; a decision counts once")
-            case "no_such_call":
-                raise IllegalMove(f"the outcome of this call of {job_id} is known; there is nothing to decide")
-        if answer.verdict == "reopened" and answer.task is not None:
-            await self._publish_again(answer.task)
-        return await self._get(job_id, tenant)
-
-    async def _publish_again(self, task: TaskDefinition) -> None:
-        """The record stands already; a queue that is down leaves the publish to the reconciler."""
-        try:
-            for _ in range(REOPEN_TRIES):
-                # An old message of the job would take the only place that its subject has.
-                await self._queue.purge(task.job_id)
-                if await self._queue.publish(task) != "refused":
-                    return
-            log.warning("reopen.refused", job_id=task.job_id, hint="the queue is full; the reconciler will publish it")
-        except QueueError as error:
-            log.warning("reopen.publish_deferred", job_id=task.job_id, error=str(error))
+def _reached(data: Mapping[str, Any]) -> Reached:
+    """Of a `job.cancelled` event; one of an older version does not tell of a queued job."""
+    far = data.get("reached")
+    return far if far in ("queued", "requested", "worker", "tool") else "queued"
 
 
-def _decided(call: ToolCall, decision: Literal["completed", "failed"], result: Any, note: str) -> ToolResult:
-    error = None
-    if decision == "failed":
-        error = ErrorInfo(code="decided_failed", message=note or "a person decided that this call failed")
-    return ToolResult(
-        tool_call_id=call.tool_call_id,
-        tool_name=call.tool_name,
-        status=decision,
-        structured_content=result,
-        error=error,
-    )
+def _calls(data: Mapping[str, Any]) -> Sequence[StoppedCall]:
+    """Of a `job.cancelled` event; none in one of an older version."""
+    return [
+        StoppedCall(str(call["tool_call_id"]), str(call["tool_name"]), CallStop(call["state"]))
+        for call in data.get("calls", ())
+    ]

@@ -7,22 +7,22 @@ import contextlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Literal
 
+from toolfleet.services.background_jobs.dead_letters import DeadLetters
 from toolfleet.services.background_jobs.errors import JobExpired, JobNotFound, QueueError, StoreUnavailable
 from toolfleet.services.background_jobs.event_reader import StreamItem, read_events
 from toolfleet.services.background_jobs.job_control import CancelReceipt, JobControl, JobView
 from toolfleet.services.background_jobs.job_request import NewJob
 from toolfleet.services.background_jobs.ports import (
-    DeadLetterPage,
     EventFeed,
     JobPage,
-    JobQueue,
     JobStore,
-    QueueStats,
     StoreStats,
     ToolCatalogue,
     ToolSpec,
     WorkerInfo,
 )
+from toolfleet.services.background_jobs.queue_ports import JobQueue, QueueStats
+from toolfleet.services.background_jobs.reopening import Reopening
 from toolfleet.services.background_jobs.submission import Submission, Submitter
 from toolfleet.services.background_jobs.task_models import (
     DEFAULT_TENANT,
@@ -46,6 +46,7 @@ class JobService:
         feed: EventFeed,
         catalogue: ToolCatalogue,
         submitter: Submitter,
+        letters: DeadLetters,
     ) -> None:
         self._store = store
         self._queue = queue
@@ -53,6 +54,9 @@ class JobService:
         self._catalogue = catalogue
         self._submitter = submitter
         self._control = JobControl(store, queue, feed, self.get)
+        self._reopening = Reopening(store, queue, letters.box, self.get)
+        self.letters = letters
+        """What needs a person: list, show, redrive, discard."""
 
     async def submit(
         self, new: NewJob, *, tenant: str = DEFAULT_TENANT, idempotency_key: str | None = None, known_key: bool = True
@@ -64,9 +68,9 @@ class JobService:
         """Stop a job, and say how far that got. Errors as `JobControl.cancel`."""
         return await self._control.cancel(job_id, tenant=tenant, reason=reason)
 
-    async def retry(self, job_id: str, *, tenant: str = DEFAULT_TENANT, reason: str = "retry") -> JobView:
-        """Run what did not succeed again. Errors as `JobControl.retry`."""
-        return await self._control.retry(job_id, tenant=tenant, reason=reason)
+    async def retry(self, job_id: str, *, tenant: str = DEFAULT_TENANT, reason: str = "retry", by: str = "") -> JobView:
+        """Run what did not succeed again. Errors as `Reopening.retry`."""
+        return await self._reopening.retry(job_id, tenant=tenant, reason=reason, by=by)
 
     async def resolve(
         self,
@@ -76,10 +80,13 @@ class JobService:
         *,
         result: Any = None,
         note: str = "",
+        by: str = "",
         tenant: str = DEFAULT_TENANT,
     ) -> JobView:
-        """Decide one call of an unknown job. Errors as `JobControl.resolve`."""
-        return await self._control.resolve(job_id, tool_call_id, decision, result=result, note=note, tenant=tenant)
+        """Decide one call of an unknown job; `by` is who says so. Errors as `Reopening.resolve`."""
+        return await self._reopening.resolve(
+            job_id, tool_call_id, decision, result=result, note=note, by=by, tenant=tenant
+        )
 
     async def get(self, job_id: str, tenant: str = DEFAULT_TENANT) -> JobView:
         """A job as it is now.
@@ -187,10 +194,6 @@ class JobService:
         except QueueError:
             queue = None
         return store, queue, workers
-
-    async def dead_letters(self, after: int, limit: int) -> DeadLetterPage:
-        """What needs a person, oldest first."""
-        return await self._queue.dead_letters(after, limit)
 
 
 def _owned(task: TaskDefinition, tenant: str) -> TaskDefinition:

@@ -5,18 +5,33 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from datetime import datetime
+from typing import Any, Literal
+
+from nats.aio.msg import Msg
 
 from toolfleet.services.background_jobs.errors import QueueError, QueueUnavailable, StreamMismatch
 from toolfleet.services.background_jobs.nats_connection import NatsConnection
-from toolfleet.services.background_jobs.task_models import Tier
+from toolfleet.services.background_jobs.task_models import Millis, Tier, millis_of
 
 NANOS = 1_000_000_000
 
 STREAM_NOT_FOUND = 10059
 CONSUMER_NOT_FOUND = 10014
+MESSAGE_NOT_FOUND = frozenset({10037, 10043, 10057})
+"""No message found, sequence not found, and the refusal of its deletion, which is both."""
 INSUFFICIENT_STORAGE = 10047
 NO_ROOM = "; raise max_file_store in the server's configuration, or lower TOOLFLEET_STREAM_MAX_BYTES"
+
+STORE_FAILED = 10077
+"""`maximum messages per subject exceeded` as well as `maximum bytes exceeded`: queued already, or full. Also every
+failure to write, with the reason as its description."""
+AT_A_LIMIT = "maximum "
+"""How descriptions of a stream's own limits begin."""
+DUPLICATE_IN_FLIGHT = 10158
+"""The same Nats-Msg-Id is being stored at this moment."""
+INSUFFICIENT = frozenset({10023, 10028, INSUFFICIENT_STORAGE})
+"""Resources, account or server storage at their limit."""
 
 DUPLICATE_WINDOW_S = 120
 """JetStream's default, within which a Nats-Msg-Id is stored once."""
@@ -91,7 +106,7 @@ def tier_consumer(names: StreamNames, tier: Tier, ack_wait_s: float) -> dict[str
 
 
 class StreamAdmin:
-    """JetStream's API for streams and consumers, as JSON over requests."""
+    """JetStream's API for streams, consumers and messages, as JSON over requests."""
 
     def __init__(self, connection: NatsConnection, timeout_s: float) -> None:
         self._connection = connection
@@ -112,6 +127,48 @@ class StreamAdmin:
             hint = NO_ROOM if code == INSUFFICIENT_STORAGE else ""
             raise QueueError(f"JetStream refused {verb}: {error.get('description')} ({code}){hint}", err_code=code)
         return answer
+
+    async def publish(
+        self, subject: str, data: bytes, headers: dict[str, str] | None
+    ) -> Literal["stored", "duplicate", "refused"]:
+        """Publish into a stream and wait for its ack; 'refused' is error 10077.
+
+        Raises:
+            QueueUnavailable: no answer, or another refusal, such as for a disk that is full.
+        """
+        reply = await self._connection.request(subject, data, self._timeout, headers=headers)
+        answer: dict[str, Any] = json.loads(reply.data)
+        if error := answer.get("error"):
+            code = error.get("err_code")
+            text = f"JetStream refused {subject}: {error.get('description')} ({code})"
+            if code == STORE_FAILED:
+                if str(error.get("description")).startswith(AT_A_LIMIT):
+                    return "refused"
+                # The server's own words about its disk; whether the message is on it can't be told.
+                raise QueueUnavailable(f"{text}; look at the disk of the NATS server", maybe_stored=True)
+            if code == DUPLICATE_IN_FLIGHT:
+                return "duplicate"
+            # Also where the server has no storage left for anybody: it is not the caller who filled it.
+            hint = "; the NATS server has no storage left: free or add some" if code in INSUFFICIENT else ""
+            raise QueueUnavailable(text + hint)
+        return "duplicate" if answer.get("duplicate") else "stored"
+
+    async def direct_get(self, stream: str, query: Mapping[str, Any]) -> Msg | None:
+        """One stored message, as JetStream's direct get finds it; None where there is none.
+
+        Raises:
+            QueueUnavailable: no answer.
+            QueueError: JetStream refused.
+        """
+        reply = await self._connection.request(
+            f"$JS.API.DIRECT.GET.{stream}", json.dumps(query).encode(), self._timeout
+        )
+        status = (reply.headers or {}).get("Status")
+        if status == "404":
+            return None
+        if status is not None:
+            raise QueueError(f"JetStream refused a direct get of {stream}: status {status}")
+        return reply
 
     async def ensure_stream(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """The stream's info; it is made where it is not there, and never changed.
@@ -177,3 +234,9 @@ def compare(what: str, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> N
             "with the nats command line",
             what=what,
         )
+
+
+def stamp_millis(timestamp: str) -> Millis:
+    """A time of JetStream, which writes nanoseconds; `datetime` reads microseconds."""
+    whole, _, fraction = timestamp.removesuffix("Z").partition(".")
+    return millis_of(datetime.fromisoformat(f"{whole}.{fraction[:6].ljust(6, '0')}+00:00"))

@@ -1,42 +1,24 @@
-"""The job queue on NATS JetStream: publish, find, purge, dead letters."""
+"""The job queue on NATS JetStream: publish, find, purge."""
 
 from __future__ import annotations
 
-import json
-from datetime import datetime
-from typing import Any, Final, Literal
+import asyncio
+from typing import Literal
 
-from nats.aio.msg import Msg
-
-from toolfleet.services.background_jobs.errors import (
-    MalformedTask,
-    NewerTask,
-    QueueError,
-    QueueFull,
-    QueueUnavailable,
-)
+from toolfleet.services.background_jobs.errors import MalformedTask, NewerTask, QueueError
 from toolfleet.services.background_jobs.nats_connection import NatsConnection
 from toolfleet.services.background_jobs.nats_streams import (
+    CONSUMER_NOT_FOUND,
     STREAM_NOT_FOUND,
     StreamAdmin,
     StreamNames,
     dead_letter_stream,
+    stamp_millis,
     task_stream,
     tier_consumer,
 )
-from toolfleet.services.background_jobs.ports import DeadLetter, DeadLetterPage, QueueStats
-from toolfleet.services.background_jobs.task_models import Millis, TaskDefinition, Tier, is_job_id, millis_of
-
-STORE_FAILED: Final = 10077
-"""`maximum messages per subject exceeded` as well as `maximum bytes exceeded`: queued already, or full."""
-DUPLICATE_IN_FLIGHT: Final = 10158
-"""The same Nats-Msg-Id is being stored at this moment."""
-LETTER_HEADER: Final = "Toolfleet-Dead-Letter"
-"""JSON: what is said of a dead letter, beside the message itself."""
-HEADERS_MARGIN: Final = 1024
-"""Of a dead letter, for the other headers: a task of 900 KiB leaves a hundred times as much below 1 MiB."""
-INSUFFICIENT: Final = frozenset({10023, 10028, 10047})
-"""Resources, account or server storage at their limit."""
+from toolfleet.services.background_jobs.queue_ports import QueueFill, QueueStats, TierFill
+from toolfleet.services.background_jobs.task_models import TaskDefinition, Tier
 
 
 class NatsTaskQueue:
@@ -91,28 +73,11 @@ class NatsTaskQueue:
     async def publish(self, task: TaskDefinition, *, again: bool = False) -> Literal["stored", "duplicate", "refused"]:
         """Publish a task and wait for its ack (step 1); `again` leaves the message id out."""
         subject = self._names.subject(task.priority, task.job_id)
-        return await self._publish(subject, task.to_json(), None if again else {"Nats-Msg-Id": task.task_id})
-
-    async def _publish(
-        self, subject: str, data: bytes, headers: dict[str, str] | None
-    ) -> Literal["stored", "duplicate", "refused"]:
-        reply = await self._connection.request(subject, data, self._timeout, headers=headers)
-        answer: dict[str, Any] = json.loads(reply.data)
-        if error := answer.get("error"):
-            code = error.get("err_code")
-            if code == STORE_FAILED:
-                return "refused"
-            if code == DUPLICATE_IN_FLIGHT:
-                return "duplicate"
-            text = f"JetStream refused {subject}: {error.get('description')} ({code})"
-            if code in INSUFFICIENT:
-                raise QueueFull(text)
-            raise QueueUnavailable(text)
-        return "duplicate" if answer.get("duplicate") else "stored"
+        return await self._admin.publish(subject, task.to_json(), None if again else {"Nats-Msg-Id": task.task_id})
 
     async def find(self, job_id: str) -> TaskDefinition | None:
         """The task of a job that stands in the stream, waiting or delivered."""
-        reply = await self._direct_get(self._names.tasks, {"last_by_subj": self._names.any_tier(job_id)})
+        reply = await self._admin.direct_get(self._names.tasks, {"last_by_subj": self._names.any_tier(job_id)})
         if reply is None:
             return None
         try:
@@ -122,73 +87,68 @@ class NatsTaskQueue:
 
     async def stands(self, job_id: str) -> bool:
         """Whether a message of the job stands in the stream, readable or not."""
-        return await self._direct_get(self._names.tasks, {"last_by_subj": self._names.any_tier(job_id)}) is not None
-
-    async def _direct_get(self, stream: str, query: dict[str, Any]) -> Msg | None:
-        reply = await self._connection.request(
-            f"$JS.API.DIRECT.GET.{stream}", json.dumps(query).encode(), self._timeout
+        return (
+            await self._admin.direct_get(self._names.tasks, {"last_by_subj": self._names.any_tier(job_id)}) is not None
         )
-        status = (reply.headers or {}).get("Status")
-        if status == "404":
-            return None
-        if status is not None:
-            raise QueueError(f"JetStream refused a direct get of {stream}: status {status}")
-        return reply
+
+    async def acked(self, job_id: str) -> bool:
+        """Whether a message stands although its consumer takes it for acked.
+
+        nats-server 2.15 leaves such messages where its disk was full when they were acked (nats-server#3997), also
+        after a restart. What is at or below the consumer's ack floor is never delivered again.
+        """
+        reply = await self._admin.direct_get(self._names.tasks, {"last_by_subj": self._names.any_tier(job_id)})
+        if reply is None:
+            return False
+        headers = reply.headers or {}
+        tier = Tier(headers["Nats-Subject"].split(".")[-2])
+        info = await self._admin.api(f"CONSUMER.INFO.{self._names.tasks}.{self._names.consumer(tier)}")
+        return int(headers["Nats-Sequence"]) <= int(info["ack_floor"]["stream_seq"])
 
     async def purge(self, job_id: str) -> bool:
         """Remove a job's message; whether there was one."""
         answer = await self._admin.api(f"STREAM.PURGE.{self._names.tasks}", {"filter": self._names.any_tier(job_id)})
         return bool(answer.get("purged"))
 
-    # -- dead letters ------------------------------------------------------------------------------------------
-
-    async def dead_letter(self, letter: DeadLetter) -> None:
-        """Publish to the dead letter stream and wait for its ack (step 9); repeating it stores nothing new."""
-        about = {
-            "v": 1,
-            "job_id": letter.job_id,
-            "fence": letter.fence,
-            "reason": letter.reason,
-            "message": letter.message,
-        }
-        last = letter.job_id or "malformed"
-        # A malformed message has no fence; its content names it, so that a redelivery stores it once.
-        message_id = f"dlq:{letter.job_id}:{letter.fence}" if letter.fence else f"dlq:{letter.message_key}"
-        headers = {"Nats-Msg-Id": message_id, LETTER_HEADER: json.dumps(about)}
-        # The message goes as it is, beside the headers: encoded, a large one would be above the server's max_payload
-        # and could never be buried. What does not fit even so is cut; a task always fits.
-        room = self._connection.client.max_payload - len(headers[LETTER_HEADER]) - HEADERS_MARGIN
-        if await self._publish(f"{self._names.dlq_prefix}.{last}", letter.payload[:room], headers) == "refused":
-            raise QueueFull(f"the dead letter stream {self._names.dlq} is full; raise TOOLFLEET_DLQ_MAX_BYTES")
-
-    async def dead_letters(self, after: int, limit: int) -> DeadLetterPage:
-        """A page of dead letters, oldest first; the cursor is a stream sequence."""
-        entries: list[DeadLetter] = []
-        seq = after + 1
-        while len(entries) < limit:
-            reply = await self._direct_get(self._names.dlq, {"seq": seq, "next_by_subj": f"{self._names.dlq_prefix}.>"})
-            if reply is None:
-                return DeadLetterPage(entries, None)
-            entry = _dead_letter_of(reply)
-            entries.append(entry)
-            seq = entry.seq + 1
-        return DeadLetterPage(entries, entries[-1].seq)
-
     async def stats(self) -> QueueStats:
         """Fill of the streams."""
-        tasks = await self._admin.api(f"STREAM.INFO.{self._names.tasks}")
-        dlq = await self._admin.api(f"STREAM.INFO.{self._names.dlq}")
+        tasks, dlq = await asyncio.gather(self.fill(), self._admin.api(f"STREAM.INFO.{self._names.dlq}"))
         state = dlq["state"]
-        oldest = _millis(state["first_ts"]) if state["messages"] else None
+        oldest = stamp_millis(state["first_ts"]) if state["messages"] else None
         return QueueStats(
-            messages=tasks["state"]["messages"],
-            bytes=tasks["state"]["bytes"],
-            max_bytes=tasks["config"]["max_bytes"],
+            messages=tasks.messages,
+            bytes=tasks.bytes,
+            max_bytes=tasks.max_bytes,
+            tiers=tasks.tiers,
             dead_letters=state["messages"],
             dead_letters_bytes=state["bytes"],
             dead_letters_max_bytes=dlq["config"]["max_bytes"],
             oldest_dead_letter_at=oldest,
         )
+
+    async def fill(self) -> QueueFill:
+        """Fill of the task stream, by tier."""
+        info, *tiers = await asyncio.gather(
+            self._admin.api(f"STREAM.INFO.{self._names.tasks}"), *(self._tier_fill(tier) for tier in Tier)
+        )
+        state = info["state"]
+        return QueueFill(
+            messages=state["messages"],
+            bytes=state["bytes"],
+            max_bytes=info["config"]["max_bytes"],
+            tiers=dict(zip(Tier, tiers, strict=True)),
+        )
+
+    async def _tier_fill(self, tier: Tier) -> TierFill:
+        """A tier by its consumer; nothing is known of one that is lost until a worker makes it again."""
+        try:
+            info = await self._admin.api(f"CONSUMER.INFO.{self._names.tasks}.{self._names.consumer(tier)}")
+        except QueueError as error:
+            if error.details.get("err_code") != CONSUMER_NOT_FOUND:
+                raise
+            return TierFill(0, 0)
+        held = info["num_ack_pending"]
+        return TierFill(jobs=info["num_pending"] + held, settled=info["delivered"]["consumer_seq"] - held)
 
     async def settings_report(self) -> dict[str, str]:
         """For `doctor`: the server's version, and each stream and consumer as 'ok', 'missing' or what differs.
@@ -216,24 +176,3 @@ class NatsTaskQueue:
                 return None
             raise
         return str(info["created"]), int(info["state"]["messages"])
-
-
-def _dead_letter_of(reply: Msg) -> DeadLetter:
-    headers = reply.headers or {}
-    about = json.loads(headers[LETTER_HEADER])
-    job_id = about.get("job_id")
-    return DeadLetter(
-        job_id=job_id if job_id and is_job_id(job_id) else None,
-        fence=int(about["fence"]),
-        reason=str(about["reason"]),
-        message=str(about["message"]),
-        payload=reply.data,
-        seq=int(headers["Nats-Sequence"]),
-        at=_millis(headers["Nats-Time-Stamp"]),
-    )
-
-
-def _millis(timestamp: str) -> Millis:
-    """JetStream writes nanoseconds, `datetime` reads microseconds."""
-    whole, _, fraction = timestamp.removesuffix("Z").partition(".")
-    return millis_of(datetime.fromisoformat(f"{whole}.{fraction[:6].ljust(6, '0')}+00:00"))

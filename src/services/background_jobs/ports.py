@@ -1,12 +1,12 @@
-"""What the core needs of the outside, as small Protocols: a queue, a store and a tool runner.
+"""What the core needs of the outside, as small Protocols: a store and a tool runner; the queue's are in
+`queue_ports`.
 
-The adapters (`nats_task_queue`, `redis_state_manager`, `tool_execution`) are handed in by `toolfleet.bootstrap`;
+The adapters (`redis_state_manager`, `tool_execution`) are handed in by `toolfleet.bootstrap`;
 worker, executor and service know only what stands here.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from toolfleet.services.background_jobs.task_models import (
     ToolCall,
     ToolResult,
 )
-from toolfleet.services.background_jobs.transitions import Ending
+from toolfleet.services.background_jobs.transitions import CallStop, Ending
 
 # -- the store: values ----------------------------------------------------------------------------------------
 
@@ -99,15 +99,21 @@ class CancelAnswer:
     status: Status | None = None
     tier: Tier | None = None
     worker: str | None = None
+    told: Mapping[str, Any] = field(default_factory=dict)
+    """What `job.cancelled` tells, where this has cancelled the job."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReopenAnswer:
     """The answer of a reopening: `task` is what to publish, if there is something to run."""
 
-    verdict: Literal["reopened", "closed", "waiting", "absent", "not_allowed", "no_such_call", "decided_already"]
+    verdict: Literal[
+        "reopened", "closed", "waiting", "absent", "answered", "not_allowed", "no_such_call", "decided_already"
+    ]
     status: Status | None = None
     task: TaskDefinition | None = None
+    generation: int = 0
+    """That stands now; 0 where it was not asked for, or where there is no record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +173,9 @@ class Orphan:
     generation: int
     fence: int
     task: TaskDefinition | None
+    trouble: Literal["queued", "lease_expired", "stuck", "overrun"] = "queued"
+    """What is wrong: it is due; its lease ran out, or did so long ago; its lease is renewed, and it runs far longer
+    than its running time allows."""
 
 
 class AttemptStore(Protocol):
@@ -212,8 +221,12 @@ class JobStore(AttemptStore, Protocol):
     async def cancel(self, job_id: str, reason: str, task: TaskDefinition | None = None) -> CancelAnswer:
         """Step 10. `task` makes the record where there is none."""
 
-    async def reopen(self, job_id: str, reason: str) -> ReopenAnswer:
-        """Step 11 for a failed or cancelled job: a new generation that runs the calls without a result."""
+    async def reopen(self, job_id: str, reason: str, by: str = "") -> ReopenAnswer:
+        """Step 11 for a failed or cancelled job: a new generation that runs the calls that did not succeed."""
+
+    async def redrive(self, letter: TaskDefinition, fence: int, keep_ms: int, note: str, by: str) -> ReopenAnswer:
+        """Step 11 for the newest dead letter of a job, written under `fence`. Where the record is gone, the letter's
+        task makes a new one, a generation later. A letter is answered once, as long as it may stand (`keep_ms`)."""
 
     async def resolve(
         self,
@@ -222,6 +235,7 @@ class JobStore(AttemptStore, Protocol):
         decision: Literal["rerun", "completed", "failed"],
         result: ToolResult | None,
         note: str,
+        by: str = "",
     ) -> ReopenAnswer:
         """Decide one call of an unknown job; the last decision opens the new generation."""
 
@@ -246,11 +260,15 @@ class JobStore(AttemptStore, Protocol):
     async def stats(self) -> StoreStats:
         """Counts and ages."""
 
-    async def orphans(self, partition: int, limit: int) -> Sequence[Orphan]:
-        """Queued jobs that are due and running jobs whose lease ran out, of one partition."""
+    async def orphans(self, partition: int, limit: int, stuck_ms: int) -> Sequence[Orphan]:
+        """Queued jobs that are due, running jobs whose lease ran out, and those that run `stuck_ms` longer than they
+        may, of one partition."""
 
     async def reclaim(self, orphan: Orphan) -> Literal["publish", "settled", "changed"]:
         """Step 12: make an orphan ready to be published again, if status, fence and generation still stand."""
+
+    async def end_overrun(self, orphan: Orphan, stuck_ms: int) -> Literal["settled", "changed"]:
+        """Step 12: end a run that goes on so much longer than its running time allows, if it still is that run."""
 
     async def prune(self, partition: int, limit: int) -> int:
         """Drop expired jobs from the indexes; the number dropped."""
@@ -286,111 +304,6 @@ class Watch(Protocol):
         """Whether pushes arrive at present."""
 
 
-# -- the queue ------------------------------------------------------------------------------------------------
-
-
-class Delivery(Protocol):
-    """One message in a worker's hands."""
-
-    @property
-    def data(self) -> bytes:
-        """The task's JSON, not yet checked."""
-
-    @property
-    def subject(self) -> str:
-        """Its subject; the last token is the job id."""
-
-    @property
-    def published_at(self) -> Millis:
-        """When the stream stored it, by the clock of the NATS server."""
-
-    async def ack(self) -> None:
-        """Done with it. Not waited for: a lost ack comes back and is acked by step 3."""
-
-    async def nak(self, delay_s: float) -> None:
-        """Deliver again after the delay."""
-
-    async def in_progress(self) -> None:
-        """Still at it: start ack_wait anew."""
-
-
-@dataclass(frozen=True, slots=True)
-class DeadLetter:
-    """An entry of the dead letter stream."""
-
-    job_id: str | None
-    """None for a malformed message without a readable id."""
-    fence: int
-    reason: str
-    message: str
-    payload: bytes
-    """The message as it stood in the queue."""
-    seq: int = 0
-    """Its place in the dead letter stream; 0 before it is stored."""
-    at: Millis = 0
-
-    @property
-    def message_key(self) -> str:
-        """Names a message without a readable job id by its content."""
-        return hashlib.sha256(self.payload).hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class DeadLetterPage:
-    """Dead letters from the oldest; `cursor` is where the next page begins."""
-
-    entries: Sequence[DeadLetter]
-    cursor: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class QueueStats:
-    """Of the streams."""
-
-    messages: int
-    bytes: int
-    max_bytes: int
-    dead_letters: int
-    dead_letters_bytes: int
-    dead_letters_max_bytes: int
-    oldest_dead_letter_at: Millis | None
-
-
-class JobQueue(Protocol):
-    """Where tasks wait. Every method raises `QueueUnavailable` where there is no answer within its bound."""
-
-    @property
-    def connected(self) -> bool:
-        """Whether there is a connection at this moment."""
-
-    async def publish(self, task: TaskDefinition, *, again: bool = False) -> Literal["stored", "duplicate", "refused"]:
-        """Publish and wait for the ack. 'refused' is error 10077: queued already, or full; `find` tells which.
-
-        `again` is for a message known not to be in the stream: it goes without a message id, which the stream may
-        still remember."""
-
-    async def find(self, job_id: str) -> TaskDefinition | None:
-        """The task of a job that stands in the stream, waiting or delivered."""
-
-    async def stands(self, job_id: str) -> bool:
-        """Whether a message of the job stands in the stream, readable or not."""
-
-    async def purge(self, job_id: str) -> bool:
-        """Remove a job's message; whether there was one."""
-
-    async def dead_letter(self, letter: DeadLetter) -> None:
-        """Publish to the dead letter stream and wait for its ack; repeating it stores nothing new."""
-
-    async def dead_letters(self, after: int, limit: int) -> DeadLetterPage:
-        """A page of dead letters."""
-
-    async def stats(self) -> QueueStats:
-        """Fill of the streams."""
-
-    async def ensure_consumer(self, tier: Tier) -> bool:
-        """Make a lost consumer again; whether it was gone."""
-
-
 # -- tools ----------------------------------------------------------------------------------------------------
 
 
@@ -406,10 +319,15 @@ class ToolSpec:
     input_schema: Mapping[str, Any] = field(default_factory=dict)
     repeatable: bool = False
     """Read-only or idempotent: it may run again after an attempt whose outcome is not known."""
+    policy_source: Literal["annotation", "default", "setting"] = "default"
+    """Who says so: the tool's own annotations, their defaults where it says nothing, or `Settings.tool_policy`."""
 
 
-ProgressSink = Callable[[float, float | None, str | None], None]
-"""``(progress, total, message)`` as the tool sent it; called in the event loop, must not block."""
+class ProgressSink(Protocol):
+    """Takes a call's progress; called in the event loop, must not block."""
+
+    def __call__(self, progress: float, total: float | None, message: str | None, dropped: int = 0, /) -> None:
+        """As the tool sent it; `dropped` notifications were left out before this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -425,6 +343,9 @@ class CallContext:
     before_send: Callable[[], None] = lambda: None
     """To be called right before the call may reach the tool, each time it is sent: from then on its outcome is not
     known without an answer. Raises `LeaseLost` where the attempt may have lost its lease, and nothing may be sent."""
+    on_stop: Callable[[CallStop], None] = lambda _: None
+    """To be called with what is known where the call's task was cancelled, before the cancellation goes on. A runner
+    that says nothing is taken to have told nobody."""
 
 
 class ToolRunner(Protocol):
@@ -439,7 +360,8 @@ class ToolRunner(Protocol):
         """
 
     async def run(self, spec: ToolSpec, call: ToolCall, context: CallContext) -> ToolResult:
-        """Run one call, with ``context.before_send`` before it is sent. Cancelling the task tells the tool's server.
+        """Run one call, with ``context.before_send`` before it is sent. Cancelling the task tells the tool's server,
+        and ``context.on_stop`` how far that got, within less than a second.
 
         Raises:
             ToolFailure: one of its subclasses; `sent` and `answered` say what is known of the outcome.

@@ -12,6 +12,7 @@ from pydantic_core import to_json
 from toolfleet.services.background_jobs.errors import StoreError
 from toolfleet.services.background_jobs.ports import Changes, Granted
 from toolfleet.services.background_jobs.task_models import (
+    CallDecision,
     ErrorInfo,
     EventType,
     JobEvent,
@@ -79,13 +80,13 @@ def granted_from(task: TaskDefinition, reply: Sequence[str]) -> Granted:
         dead = ErrorInfo(
             code="too_many_starts",
             message="the job was started too often without an end: its workers died or were cut off while it ran. "
-            f"Look at the workers' logs, then run it again with POST /api/v1/jobs/{task.job_id}/retry",
+            f"Look at the workers' logs, then run it again with POST /api/v1/dead-letters/{task.job_id}/redrive",
         )
     elif reply[4] == "stale":
         dead = ErrorInfo(
             code="stale",
             message="the message is older than the time for which results are kept and has no record, so it may have "
-            f"run already; if it has not, run it with POST /api/v1/jobs/{task.job_id}/retry",
+            f"run already; if it has not, run it with POST /api/v1/dead-letters/{task.job_id}/redrive",
         )
     calls = reply[5:]
     return Granted(
@@ -141,6 +142,9 @@ def record_from(job_id: str, fields: Mapping[str, str]) -> JobRecord:
         percent=100.0 if status is Status.COMPLETED else float(fields.get("percent") or 0),
         message=fields.get("message") or None,
         undecided=tuple(sorted(name[2:] for name in fields if name.startswith("u:"))),
+        decisions=tuple(
+            CallDecision.model_validate_json(fields[name]) for name in sorted(fields) if name.startswith("d:")
+        ),
         last_event=number("seq") or 0,
     )
 
@@ -168,8 +172,9 @@ def events_from(job_id: str, text: str) -> list[JobEvent]:
 def _event(job_id: str, text: str) -> JobEvent:
     seq, kind, attempt, generation, at, data = text.split("\n", 5)
     values = json.loads(data)
-    for name in [name for name in values if name.endswith("_at_ms")]:
-        values[name.removesuffix("_ms")] = iso_time(values.pop(name))
+    for told in (values, *values.get("decisions", ())):
+        for name in [name for name in told if name.endswith("_at_ms")]:
+            told[name.removesuffix("_ms")] = iso_time(told.pop(name))
     return JobEvent(
         id=int(seq),
         type=EventType(kind),

@@ -83,6 +83,8 @@ class RedisStateManager:
     ) -> None:
         """Use a client made with ``decode_responses=True``; it stays the caller's to close."""
         self._redis = RedisFunctions(client, timeout_s)
+        self.gate = self._redis.gate
+        """Whether the server can be used; the one of this process."""
         self._log_max = log_max
         self._ttl_ms = int(result_ttl_s * 1000)
         self._max_starts = max_starts
@@ -96,8 +98,13 @@ class RedisStateManager:
         await self._redis.close()
 
     async def ping(self) -> None:
-        """Raises `StoreUnavailable` where Redis does not answer."""
-        await self._redis.read("PING")
+        """Ask the server itself, whatever is known of it. Raises `StoreUnavailable` where it does not serve."""
+        await self._redis.ping()
+
+    async def read(self, *command: Any) -> Any:
+        """One plain command, for what others keep in the same Redis; in the shared pipeline, bounded, and failing at
+        once while the server does not answer. Raises `StoreError`."""
+        return await self._redis.read(*command)
 
     # -- submit and claim --------------------------------------------------------------------------------------
 
@@ -211,15 +218,31 @@ class RedisStateManager:
     async def cancel(self, job_id: str, reason: str, task: TaskDefinition | None = None) -> CancelAnswer:
         """Step 10. `task` makes the record where there is none."""
         data = json.dumps({"status": "cancelled", "reason": reason})
-        found, status, tier, worker = await self._redis.call(
+        found, status, tier, worker, told = await self._redis.call(
             "cancel", root_of(job_id), job_id, data, *(self._birth(task) if task else ())
         )
-        return CancelAnswer(found, Status(status) if status else None, Tier(tier) if tier else None, worker or None)
+        return CancelAnswer(
+            found,
+            Status(status) if status else None,
+            Tier(tier) if tier else None,
+            worker or None,
+            json.loads(told) if told else {},
+        )
 
-    async def reopen(self, job_id: str, reason: str) -> ReopenAnswer:
+    async def reopen(self, job_id: str, reason: str, by: str = "") -> ReopenAnswer:
         """Step 11 for a failed or cancelled job."""
-        data = json.dumps({"reason": reason})
+        data = json.dumps({"reason": reason} | ({"by": by} if by else {}))
         return _reopened(await self._redis.call("reopen", root_of(job_id), job_id, data))
+
+    async def redrive(self, letter: TaskDefinition, fence: int, keep_ms: int, note: str, by: str) -> ReopenAnswer:
+        """Step 11 for a dead letter; where the record is gone, the letter's task makes a new one."""
+        data = json.dumps({"reason": "redrive"} | ({"by": by} if by else {}) | ({"note": note} if note else {}))
+        birth = self._birth(renewed(letter, letter.generation + 1))
+        reply = await self._redis.call(
+            "redrive", root_of(letter.job_id), letter.job_id, letter.generation, fence, data, keep_ms, *birth,
+            size=len(birth[-1]),
+        )  # fmt: skip
+        return _reopened(reply)
 
     async def resolve(
         self,
@@ -228,9 +251,10 @@ class RedisStateManager:
         decision: Literal["rerun", "completed", "failed"],
         result: ToolResult | None,
         note: str,
+        by: str = "",
     ) -> ReopenAnswer:
         """Decide one call of an unknown job; the last decision opens the new generation."""
-        data = json.dumps({"reason": "resolved", "tool_call_id": tool_call_id, "decision": decision, "note": note})
+        data = json.dumps({"tool_call_id": tool_call_id, "decision": decision, "note": note, "by": by})
         payload = payload_of(result) if result else ""
         reply = await self._redis.call("resolve", root_of(job_id), job_id, tool_call_id, decision, payload, data)
         return _reopened(reply)
@@ -323,25 +347,33 @@ class RedisStateManager:
 
     # -- upkeep ------------------------------------------------------------------------------------------------
 
-    async def orphans(self, partition: int, limit: int) -> Sequence[Orphan]:
+    async def orphans(self, partition: int, limit: int, stuck_ms: int) -> Sequence[Orphan]:
         """Jobs of a partition that are to be looked at."""
-        reply = await self._redis.call("orphans", ROOTS[partition], limit)
+        reply = await self._redis.call("orphans", ROOTS[partition], limit, stuck_ms)
         found = []
-        for at in range(0, len(reply), 5):
-            job_id, status, generation, fence, task = reply[at : at + 5]
+        for at in range(0, len(reply), 6):
+            job_id, status, generation, fence, task, trouble = reply[at : at + 6]
             try:
                 definition = _renewed(task, int(generation)) if task else None
             except (MalformedTask, NewerTask) as error:
                 # A newer worker looks after it, or a person: nothing that is here can publish it.
                 log.warning("store.orphan_unreadable", job_id=job_id, error=str(error))
                 continue
-            found.append(Orphan(job_id, Status(status), int(generation), int(fence), definition))
+            found.append(Orphan(job_id, Status(status), int(generation), int(fence), definition, trouble))
         return found
 
     async def reclaim(self, orphan: Orphan) -> Literal["publish", "settled", "changed"]:
         """Step 12 for a job that is not in the stream."""
         answer: Literal["publish", "settled", "changed"] = await self._redis.call(
-            "reclaim", root_of(orphan.job_id), orphan.job_id, orphan.status.value, orphan.generation, orphan.fence
+            "reclaim", root_of(orphan.job_id), orphan.job_id, orphan.status.value, orphan.generation, orphan.fence,
+            orphan.trouble,
+        )  # fmt: skip
+        return answer
+
+    async def end_overrun(self, orphan: Orphan, stuck_ms: int) -> Literal["settled", "changed"]:
+        """Step 12 for a run that its worker should have ended."""
+        answer: Literal["settled", "changed"] = await self._redis.call(
+            "end_overrun", root_of(orphan.job_id), orphan.job_id, orphan.generation, orphan.fence, stuck_ms
         )
         return answer
 
@@ -417,18 +449,22 @@ def _scored(answer: Sequence[Any]) -> list[tuple[str, Any]]:
     return list(_pairs(answer).items())
 
 
+def renewed(task: TaskDefinition, generation: int) -> TaskDefinition:
+    """A task as the message of a generation; what bounds the first one's start is left out."""
+    if generation == task.generation:
+        return task
+    return task.model_copy(update={"generation": generation, "delay_ms": 0, "run_at": None, "expires_at": None})
+
+
 def _renewed(task: str, generation: int) -> TaskDefinition:
-    """A record's task as the message of a generation; what bounds the first one's start is left out."""
-    definition = TaskDefinition.from_json(task)
-    if generation == definition.generation:
-        return definition
-    return definition.model_copy(update={"generation": generation, "delay_ms": 0, "run_at": None, "expires_at": None})
+    return renewed(TaskDefinition.from_json(task), generation)
 
 
 def _reopened(reply: Sequence[Any]) -> ReopenAnswer:
     verdict, status, task = reply[:3]
     definition = _renewed(task, int(reply[3])) if task else None
-    return ReopenAnswer(verdict, Status(status) if status else None, definition)
+    generation = int(reply[3]) if len(reply) > 3 else 0
+    return ReopenAnswer(verdict, Status(status) if status else None, definition, generation)
 
 
 def _parse_cursor(cursor: str | None) -> tuple[int, str] | None:

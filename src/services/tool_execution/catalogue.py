@@ -12,11 +12,10 @@ import time
 from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
-from redis.asyncio import Redis
-
 from toolfleet.services.background_jobs.errors import ToolFailure, ToolUnavailable
 from toolfleet.services.background_jobs.ports import ToolSpec
-from toolfleet.services.tool_execution.catalogue_store import TTL_S, CatalogueStore, ServerTools
+from toolfleet.services.tool_execution.catalogue_store import TTL_S, CatalogueStore, ServerTools, SharedStore
+from toolfleet.services.tool_execution.policy import unused_overrides
 from toolfleet.services.tool_execution.tool_index import ToolIndex
 from toolfleet.settings import Settings
 
@@ -49,7 +48,7 @@ class CachedCatalogue:
     """
 
     def __init__(
-        self, servers: ToolLister, redis: Redis | None, settings: Settings, *, look_again_s: float = _LOOK_AGAIN_S
+        self, servers: ToolLister, redis: SharedStore | None, settings: Settings, *, look_again_s: float = _LOOK_AGAIN_S
     ) -> None:
         self._servers = servers
         self._store = CatalogueStore(redis)
@@ -60,6 +59,8 @@ class CachedCatalogue:
         self._index = ToolIndex((), None, settings.tool_policy)
         self._failures: dict[str, str] = {}
         """Why a server could not be listed the last time it was tried."""
+        self._told: frozenset[str] = frozenset()
+        """What is wrong with the policy, as it was told."""
         self._loaded = False
         self._loading = asyncio.Lock()
         self._refresh_due = 0.0
@@ -172,6 +173,16 @@ class CachedCatalogue:
         async with asyncio.TaskGroup() as group:
             for name in due:
                 group.create_task(self._list(name), name=f"tool-listing-{name}")
+        self._check_policy()
+
+    def _check_policy(self) -> None:
+        """Tell entries of the policy that name no tool, each once."""
+        tools = {name: [tool["name"] for tool in known.tools] for name, known in self._known.items()}
+        unused = unused_overrides(self._settings.tool_policy, tools, self.unreached)
+        for sentence in unused:
+            if sentence not in self._told:
+                _log.warning("%s; correct it: as it stands it changes nothing", sentence)
+        self._told = frozenset(unused)
 
     def _is_old(self, name: str) -> bool:
         tools = self._known.get(name)

@@ -11,6 +11,7 @@
 --   <root>:ix:<tier>:<status>  zset    job ids by creation time
 --   <root>:due                 zset    job ids by the time at which the reconciler is to look at them
 --   <root>:expiry              zset    `<tier>:<status>:<id>` by the time at which the record is gone
+--   <root>:letter:<id>         string  fence of the newest dead letter that was redriven, for as long as letters are kept
 --   <root>:gone                zset    ids of jobs that expired, the latest ones, for a while
 --   <root>:totals              hash    jobs that ended, by status
 --   <root>:rate:<minute>       string  jobs that ended in a minute
@@ -19,7 +20,7 @@
 -- Fields of a record: v status generation fence token lease_until starts retries task tier tenant hash created
 -- started finished not_before ran run_from timeout expires total done failed seq cancel worker error stage percent
 -- message tool log_max ttl ended_by wseq stale, and per call  m:<id> = fence of its start (calls that must not run twice),
--- u:<id> = outcome not known and not decided,  d:<id> = decision.
+-- u:<id> = outcome not known and not decided,  d:<id> = decision as JSON.
 
 local TERMINAL = { completed = true, failed = true, cancelled = true, unknown = true }
 
@@ -180,21 +181,58 @@ local function json_list(names)
   return '[' .. table.concat(quoted, ',') .. ']'
 end
 
-local function end_unknown(k, rec, now, marked)
+-- Why somebody else than the job's own attempt ends it, where the error does not tell.
+local function because(reason)
+  return reason and ',"reason":"' .. reason .. '"' or ''
+end
+
+-- What persons have decided since the job became unknown, as JSON for the event that tells it.
+local function decisions_of(k)
+  local names, found = {}, {}
+  for _, field in ipairs(redis.call('HKEYS', k.job)) do
+    if string.sub(field, 1, 2) == 'd:' then names[#names + 1] = field end
+  end
+  table.sort(names)
+  for i, field in ipairs(names) do found[i] = redis.call('HGET', k.job, field) end
+  return '[' .. table.concat(found, ',') .. ']', names
+end
+
+local function end_unknown(k, rec, now, marked, reason)
   for _, call in ipairs(marked) do redis.call('HSET', k.job, 'u:' .. call, '1') end
   local text = '{"code":"outcome_unknown","message":"a call that must not run twice was started and its outcome is ' ..
                'not known; decide it with POST /api/v1/jobs/' .. k.id .. '/resolve"}'
   finish_record(k, rec, now, 'unknown', 'job.unknown',
-                '{"status":"unknown","calls":' .. json_list(marked) .. ',"error":' .. text .. '}', text)
+                '{"status":"unknown","calls":' .. json_list(marked) .. ',"error":' .. text .. because(reason) .. '}', text)
 end
 
-local function end_cancelled(k, rec, now, data)
+-- The end of a cancel that no attempt tells of; `data` is a JSON object. Nobody was told anything, so a call may still
+-- run that was started without a result, and any that a dead worker (the job is running) may have sent. `left` is the
+-- state of the open calls where the attempt itself has just ended; the states are `CallStop`'s. Answers the event's data.
+local function end_cancelled(k, rec, now, data, left)
+  local died = rec.status == 'running' and not left
+  local open = left or (died and 'not_told' or 'not_sent')
+  local done, marked = calls_of(k)
+  local started, calls, still = {}, {}, {}
+  for _, call in ipairs(marked) do started[call] = true end
+  local read, task = pcall(cjson.decode, redis.call('HGET', k.job, 'task') or '{}')
+  for _, call in ipairs(read and task.tools or {}) do
+    local id = call.tool_call_id
+    local state = done[id] and 'ended' or (started[id] and 'not_told' or open)
+    if state == 'not_told' or state == 'told' then still[#still + 1] = id end
+    calls[#calls + 1] = '{"tool_call_id":' .. cjson.encode(id) .. ',"tool_name":' .. cjson.encode(call.tool_name) ..
+                        ',"state":"' .. state .. '"}'
+  end
+  data = string.sub(data, 1, -2) .. ',"reached":"' .. (left and 'worker' or (died and 'requested' or 'queued')) ..
+         '","tool_stopped":"' .. (#still > 0 and 'not_confirmed' or 'nothing_was_running') .. '","still_running":' ..
+         json_list(still) .. ',"calls":[' .. table.concat(calls, ',') .. ']}'
   finish_record(k, rec, now, 'cancelled', 'job.cancelled', data, '')
+  return data
 end
 
-local function end_failed(k, rec, now, code, message)
+local function end_failed(k, rec, now, code, message, reason)
   local text = cjson.encode({ code = code, message = message })
-  finish_record(k, rec, now, 'failed', 'job.failed', '{"status":"failed","error":' .. text .. '}', text)
+  finish_record(k, rec, now, 'failed', 'job.failed', '{"status":"failed","error":' .. text .. because(reason) .. '}',
+                text)
 end
 
 -- Where a record is made: the fields of a task, from ARGV[i] on, in the order of `birth_args` in Python.
@@ -205,25 +243,30 @@ local function birth_of(args, i)
            log_max = args[i + 9], ttl = args[i + 10], task = args[i + 11] }
 end
 
--- `since` is when the job was submitted: now, or the time at which the stream stored its message.
-local function make_record(k, birth, now, since)
+-- `since` is when the job was submitted: now, or the time at which the stream stored its message. A record that is made
+-- again from a dead letter goes on from the letter's fence, and `data` is what its first event tells.
+local function make_record(k, birth, now, since, fence, data)
+  fence = fence or 0
   local not_before = math.max(birth.run_at, birth.delay > 0 and since + birth.delay or 0)
   -- Where Redis has lost the record alone, what is left of its log would refuse the ids of the new one.
   redis.call('DEL', k.log, k.res)
-  redis.call('HSET', k.job, 'v', '1', 'status', 'queued', 'generation', birth.generation, 'fence', '0',
+  redis.call('HSET', k.job, 'v', '1', 'status', 'queued', 'generation', birth.generation, 'fence', fence,
              'tier', birth.tier, 'tenant', birth.tenant, 'hash', birth.hash, 'total', birth.total,
              'timeout', birth.timeout, 'expires', birth.expires, 'log_max', birth.log_max, 'ttl', birth.ttl,
              'task', birth.task, 'created', since, 'not_before', not_before, 'seq', '1')
   redis.call('ZADD', index(k, birth.tier, 'queued'), since, k.id)
   redis.call('ZADD', k.due, math.max(now, not_before) + GRACE_MS, k.id)
-  local rec = { status = 'queued', generation = tonumber(birth.generation), fence = 0, lease_until = 0, starts = 0,
+  local rec = { status = 'queued', generation = tonumber(birth.generation), fence = fence, lease_until = 0, starts = 0,
                 retries = 0, tier = birth.tier, created = since, not_before = not_before, ran = 0, run_from = 0,
                 timeout = tonumber(birth.timeout), expires = tonumber(birth.expires), total = tonumber(birth.total),
                 done = 0, failed = 0, seq = 0, log_max = birth.log_max, ttl = tonumber(birth.ttl), ended_by = 0,
                 wseq = 0, started = 0, stale = 0, told = {} }
-  local data = '{"tier":"' .. birth.tier .. '","total_tools":' .. birth.total
-  if not_before > now then data = data .. ',"next_attempt_at_ms":' .. not_before end
-  emit(k, rec, now, 'job.queued', data .. '}')
+  if not data then
+    data = '{"tier":"' .. birth.tier .. '","total_tools":' .. birth.total
+    if not_before > now then data = data .. ',"next_attempt_at_ms":' .. not_before end
+    data = data .. '}'
+  end
+  emit(k, rec, now, 'job.queued', data)
   tell(k, rec)
   return rec
 end
