@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import httpx
 import pytest
 
 from tests.api.harness import (
+    BOUND_S,
     JOBS,
     Toolbox,
     call,
@@ -152,6 +155,38 @@ async def test_redis_down_a_stream_begins_and_says_that_it_waits(
             assert (frame.event, frame.id) == ("job.queued", "1")
 
 
+@pytest.mark.promise("G7")
+async def test_redis_stopped_a_stream_says_so_at_once_and_goes_on_where_it_was(
+    own_settings: Settings, own_valkey: EmbeddedValkey, tools: Toolbox
+) -> None:
+    # No heartbeat comes in this test: what is said is said because of the outage.
+    settings = own_settings.model_copy(update={"sse_heartbeat": 3600.0})
+    async with running_api(settings, tools) as client, running_worker(settings, tools):
+        job = await submit(client, call("step"))
+        seen: list[str | None] = []
+        async with asyncio.timeout(BOUND_S), client.stream("GET", job["sse_url"]) as response:
+            told = frames(response)
+            tools.steps.put_nowait("first")
+            async for frame in told:
+                seen.append(frame.id)
+                if frame.event == "tool.progress":
+                    break
+            await own_valkey.pause()
+            # The one that waits for its answer; those who come after it do not.
+            problem(await client.get("/api/v1/workers"), 503, "store-unavailable")
+            assert (await anext(told)).comments == ["reconnecting"]
+            for n in range(30):
+                assert (await client.post(JOBS, json=job_of(call("echo", n=n)))).status_code == 202
+                view = (await client.get(job["poll_url"])).json()
+                assert (view["status"], view["degraded"]) == ("queued_or_running", True)
+                problem(await client.get(f"{JOBS}/{NO_JOB}"), 503, "store-unavailable")
+            await own_valkey.resume()
+            for text in ("second", None):
+                tools.steps.put_nowait(text)
+            seen += [frame.id async for frame in told if frame.event is not None]
+        assert seen == [str(n) for n in range(1, len(seen) + 1)]
+
+
 @pytest.mark.promise("G12")
 async def test_with_both_down_only_what_surely_stands_nowhere_is_run(
     own_settings: Settings, own_nats: EmbeddedNats, own_valkey: EmbeddedValkey, tools: Toolbox
@@ -216,6 +251,9 @@ async def test_a_full_queue_is_a_429(own_settings: Settings, tools: Toolbox) -> 
         assert int(answer.headers["retry-after"]) > 0
         assert body["accepted"] is False
         assert body["job_id"]
+        assert body["tier"] == "normal"
+        assert body["limit"] < 1 << 20, "refused before the stream overflows"
+        assert body["waiting"] == 1
 
 
 async def test_tools_that_were_never_reached_are_a_503(own_settings: Settings) -> None:

@@ -160,7 +160,9 @@ async def test_heartbeats_come_as_comments_while_nothing_happens(client: httpx.A
 async def test_a_client_that_goes_leaves_no_subscription_behind(client: httpx.AsyncClient, redis_url: str) -> None:
     job = await submit(client, call("echo", n=1))
     async with client.stream("GET", job["sse_url"]) as response:
-        await anext(frames(response))
+        # Held in a name: a generator that is thrown away closes the response.
+        told = frames(response)
+        await anext(told)
         await wait_until(lambda: watched(redis_url, job["job_id"]), "the API waits for events")
 
     async def gone() -> bool:

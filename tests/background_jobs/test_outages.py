@@ -112,6 +112,8 @@ async def test_answers_after_a_time_out_belong_to_their_questions(
         late = await asyncio.gather(*(core.store.get(task.job_id) for task in tasks[:10]), return_exceptions=True)
         assert all(isinstance(answer, StoreUnavailable) for answer in late)
         await own_valkey.resume()
+        async with asyncio.timeout(5):
+            await core.store.gate.wait()
         found = await asyncio.gather(*(core.store.get(task.job_id) for task in tasks))
         assert [record.job_id for record in found if record] == [task.job_id for task in tasks]
 
@@ -209,6 +211,55 @@ async def test_a_worker_goes_on_through_a_restart_of_nats(own_settings: Settings
         assert after is not None
         for job_id in (after, waiting):
             assert (await fleet.over(job_id)).starts == 1
+        await fleet.queue_is_empty()
+
+
+@pytest.mark.promise("G1")
+async def test_a_job_ends_without_nats_and_its_message_is_settled_later(
+    own_settings: Settings, own_nats: EmbeddedNats
+) -> None:
+    async with open_fleet(own_settings) as fleet:
+        job_id = await fleet.submit("hold", "once_hold")
+        await fleet.began("c2:1")
+        await own_nats.kill()
+        await wait_until(lambda: not fleet.core.queue.connected, "the connection is known to be gone")
+        fleet.bench.gate.set()
+        assert (await fleet.over(job_id)).status is Status.COMPLETED
+        await own_nats.start()
+        await wait_until(lambda: fleet.core.queue.connected, "the connection is back")
+        await fleet.queue_is_empty()
+        assert sorted(fleet.bench.started) == ["c1:1", "c2:1"]
+
+
+@pytest.mark.promise("G1")
+@pytest.mark.promise("G12")
+@pytest.mark.parametrize("how", ["gone", "stopped"])
+async def test_when_both_are_back_nothing_of_ours_needs_a_restart(
+    own_settings: Settings, own_nats: EmbeddedNats, own_valkey: EmbeddedValkey, how: str
+) -> None:
+    async with open_fleet(own_settings) as fleet:
+        before = await fleet.submit("hold")
+        await fleet.began("c1:1")
+        for server in (own_nats, own_valkey):
+            await (server.kill() if how == "gone" else server.pause())
+        with pytest.raises(QueueUnavailable):
+            await fleet.submit("echo")
+        await wait_until(lambda: not fleet.workers[0]._gate.is_open, "the worker knows that Redis is away")
+        fleet.bench.gate.set()
+        for server in (own_valkey, own_nats):
+            await (server.start() if how == "gone" else server.resume())
+
+        async def accepted() -> str | None:
+            try:
+                return await fleet.submit("echo")
+            except QueueUnavailable:
+                return None
+
+        after = await wait_until(accepted, "a job is accepted again")
+        assert after is not None
+        for job_id in (after, before):
+            record = await fleet.reaches(job_id, Status.COMPLETED)
+            assert record.starts == 1
         await fleet.queue_is_empty()
 
 

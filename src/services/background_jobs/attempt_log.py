@@ -15,8 +15,10 @@ import structlog
 
 from toolfleet.services.background_jobs.call_run import CallOutcome
 from toolfleet.services.background_jobs.errors import StoreError
+from toolfleet.services.background_jobs.last_words import ProgressWrite
 from toolfleet.services.background_jobs.ports import AttemptStore, Changes, Granted, Lease
 from toolfleet.services.background_jobs.store_gate import StoreGate
+from toolfleet.services.background_jobs.task_ending import end_tasks
 from toolfleet.services.background_jobs.task_models import EventType, NewEvent, TaskDefinition, ToolCall, ToolResult
 from toolfleet.services.background_jobs.transitions import CallEnd
 
@@ -26,6 +28,8 @@ STARTED_DELAY_S: Final = 0.02
 """A start is told after this, or with whatever is written before: no eye sees the difference."""
 MAX_MESSAGE: Final = 500
 """Characters of a tool's progress message that are kept."""
+MAX_NUMBER: Final = 1e15
+"""Above it a double does not tell neighbouring whole numbers apart, and no tool counts that far."""
 
 
 class _CallProgress:
@@ -33,7 +37,7 @@ class _CallProgress:
 
     __slots__ = ("done", "dropped", "message", "total")
 
-    def __init__(self, done: float, total: float | None, message: str | None, dropped: int) -> None:
+    def __init__(self, done: float | None, total: float | None, message: str | None, dropped: int) -> None:
         self.done = done
         self.total = total
         self.message = message
@@ -69,6 +73,8 @@ class AttemptLog:
         """Tool names of the calls that are being run, the one that was heard of last at the end."""
         self._message: str | None = None
         self._wseq = 0
+        self.unanswered: ProgressWrite | None = None
+        """The write whose answer has not come."""
         self._writing = asyncio.Lock()
         self._due: asyncio.TimerHandle | None = None
         self._due_at = 0.0
@@ -93,13 +99,22 @@ class AttemptLog:
         self._events.append(NewEvent(EventType.JOB_CANCELLING, {"reached": "worker"}))
         self._schedule(0)
 
-    def progress(self, call: ToolCall, done: float, total: float | None, message: str | None) -> None:
-        """A tool's own progress notification."""
+    def progress(
+        self, call: ToolCall, done: float, total: float | None, message: str | None, dropped: int = 0, /
+    ) -> None:
+        """A tool's own progress notification; `dropped` came before it and were left out.
+
+        Numbers are told as they came, also negative ones and ones above the total; the percentage stays between 0 and
+        100. Those that are no numbers, or above `MAX_NUMBER`, are told as null and don't move the percentage.
+        """
         earlier = self._progress.get(call.tool_call_id)
         text = message[:MAX_MESSAGE] if message else None
-        self._progress[call.tool_call_id] = _CallProgress(done, total, text, earlier.dropped + 1 if earlier else 0)
-        if total:
-            self._fractions[call.tool_call_id] = min(1.0, max(0.0, done / total))
+        if earlier is not None:
+            dropped += earlier.dropped + 1
+        state = _CallProgress(_sane(done), _sane(total), text, dropped)
+        self._progress[call.tool_call_id] = state
+        if state.done is not None and state.total:
+            self._fractions[call.tool_call_id] = min(1.0, max(0.0, state.done / state.total))
         self._heard_of(call)
         self._message = text or self._message
         self._schedule(self._interval)
@@ -179,6 +194,7 @@ class AttemptLog:
                 return
             self._wseq += 1
             wseq = self._wseq
+            self.unanswered = ProgressWrite(wseq, changes)
             try:
                 answer = await self._gate.insist(lambda: self._store.progress(self._lease, changes, wseq))
             except StoreError as error:
@@ -186,7 +202,9 @@ class AttemptLog:
                 # whose refusal is heard.
                 log.error("attempt.write_refused", job_id=self._lease.job_id, error=str(error))
                 self._results[:0], self._events[:0] = changes.results, changes.events
+                self.unanswered = None
                 return
+            self.unanswered = None
             if answer == "lost":
                 self._on_lost()
 
@@ -210,5 +228,29 @@ class AttemptLog:
         self._closed = True
         if self._due is not None:
             self._due.cancel()
-        async with self._writing:
-            return self._gather()
+        if self._writing.locked():
+            await self._until_answered_or_shut()
+        return self._gather()
+
+    async def _until_answered_or_shut(self) -> None:
+        """Wait for a write that is on its way. With a store that is away it is broken off and stays `unanswered`:
+        otherwise nothing of the attempt could be brought to safety before the store is back."""
+        flusher = self._flusher
+        assert flusher is not None
+        shut = asyncio.create_task(self._gate.wait_shut(), name=f"{self._lease.job_id}:shut")
+        try:
+            await asyncio.wait({flusher, shut}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await end_tasks([flusher, shut])
+
+    def left(self, changes: Changes) -> ProgressWrite | None:
+        """What `take` gave, as a write of its own for an attempt that is given up; None where it holds no result."""
+        if not changes.results and not (self.unanswered and self.unanswered.changes.results):
+            return None
+        return ProgressWrite(self._wseq + 1, changes)
+
+
+def _sane(number: float | None) -> float | None:
+    """A tool's number as JSON carries it: not NaN, infinite or absurdly large, which readers in other languages choke
+    on."""
+    return number if number is not None and abs(number) <= MAX_NUMBER else None

@@ -82,6 +82,7 @@ async def read_events(
         # An id that the log has not reached yet would hide the end: begin at the log's.
         replay = Replay(after if view.record is None else min(after, view.record.last_event))
         pushed: Sequence[JobEvent] | None = ()
+        away = False
         while True:
             reconnecting = False
             if pushed and replay.fits(pushed):
@@ -101,6 +102,10 @@ async def read_events(
             if len(batch) >= PAGE:
                 pushed = ()
                 continue
+            if reconnecting and not away:
+                # At once, and then at every look: whoever watches is not to take an outage for a quiet tool.
+                yield Pulse(reconnecting=True)
+            away = reconnecting
             wait = FIRST_LOOK_S if reconnecting or not watch.connected else heartbeat_s
             pushed = await watch.changed(wait)
             if pushed is None:

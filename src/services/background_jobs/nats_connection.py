@@ -14,6 +14,7 @@ import nats.errors
 import structlog
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.aio.transport import TcpTransport
 
 from toolfleet.services.background_jobs.errors import QueueError, QueueUnavailable
 
@@ -25,6 +26,33 @@ MAX_OUTSTANDING_PINGS = 2
 RECONNECT_WAIT_S = 0.25
 """So that the first new job after an outage starts within 1 s."""
 CONNECT_TIMEOUT_S = 2
+FLUSH_TIMEOUT_S = 1
+"""For a message to get into a socket that takes no more; without it nats-py waits as long as the kernel tries."""
+CLOSE_FLUSH_S = 2
+
+
+class _Client(Client):
+    """Drops a broken connection, where nats-py closes it in order.
+
+    It waits until what was written has been sent and only then connects anew: on a connection that is cut, that is
+    as long as the kernel tries, 15 minutes.
+    """
+
+    async def _process_op_err(self, e: Exception) -> None:
+        if not (self.is_closed or self.is_reconnecting):
+            self.drop()
+        await super()._process_op_err(e)
+
+    def drop(self) -> None:
+        """End the connection without sending the rest."""
+        writer = self._transport._io_writer if isinstance(self._transport, TcpTransport) else None
+        if writer is not None:
+            writer.transport.abort()
+
+    def forget_pending(self) -> None:
+        """Send nothing of what waits for a connection."""
+        self._pending.clear()
+        self._pending_data_size = 0
 
 
 class NatsConnection:
@@ -33,7 +61,7 @@ class NatsConnection:
     def __init__(self, servers: Sequence[str], *, name: str) -> None:
         self._servers = list(servers)
         self._name = name
-        self._client = Client()
+        self._client = _Client()
         self._connecting: asyncio.Task[None] | None = None
         self._listeners: list[Callable[[], Awaitable[None]]] = []
         self._closing = False
@@ -80,6 +108,7 @@ class NatsConnection:
                     max_reconnect_attempts=-1,
                     reconnect_time_wait=RECONNECT_WAIT_S,  # type: ignore[arg-type]  # it sleeps; fractions are fine
                     connect_timeout=CONNECT_TIMEOUT_S,
+                    flush_timeout=FLUSH_TIMEOUT_S,
                     ping_interval=PING_INTERVAL_S,
                     max_outstanding_pings=MAX_OUTSTANDING_PINGS,
                     error_cb=self._on_error,
@@ -114,8 +143,8 @@ class NatsConnection:
         await self._notify()
 
     async def _notify(self) -> None:
-        for listener in self._listeners:
-            await listener()
+        # Side by side: the pull is not to wait for the check of the streams, nor that for a store that is away.
+        await asyncio.gather(*(listener() for listener in self._listeners))
 
     async def request(self, subject: str, payload: bytes, timeout: float, headers: dict[str, str] | None = None) -> Msg:
         """A request and its answer.
@@ -176,11 +205,21 @@ class NatsConnection:
             self._connecting.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._connecting
-        if self._client.is_connected:
-            with contextlib.suppress(nats.errors.Error, OSError, TimeoutError):
-                await self._client.flush(timeout=2)
+        if not await self._flushed():
+            # Closing would wait for it without a bound.
+            self._client.forget_pending()
+            self._client.drop()
         with contextlib.suppress(nats.errors.Error, OSError, asyncio.CancelledError):
             await self._client.close()
+
+    async def _flushed(self) -> bool:
+        if not self._client.is_connected:
+            return False
+        try:
+            await self._client.flush(timeout=CLOSE_FLUSH_S)
+        except (nats.errors.Error, OSError, TimeoutError):
+            return False
+        return True
 
 
 def _give_up(future: asyncio.Future[Msg]) -> None:

@@ -9,6 +9,7 @@ the idle heartbeat (1 s) does not explain.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -27,14 +28,15 @@ NANOS: Final = 1_000_000_000
 HEARTBEAT_S: Final = 1.0
 SILENCE_S: Final = 2.5
 """Two heartbeats and a half: a pull that says nothing for so long is gone."""
-EXPIRES_S: Final = 30.0
-"""JetStream needs an expiry above twice the heartbeat; at its end it says 408 and the pull is made anew."""
+EXPIRES_S: Final = 10.0
+"""JetStream needs an expiry above twice the heartbeat; at its end it says 408 and the pull is made anew. For so long a
+server that can't see that its client has gone delivers to a pull that nobody reads."""
 CHECK_S: Final = 0.5
 END_S: Final = 1.0
 """For the server's last word when the pull ends."""
-REFUSED_PAUSES_S: Final = (0.5, 0.5, 1.0, 2.0, 5.0)
-"""After refusals in a row; the last one repeats. Asked again at once, a server that refuses would be asked as fast as
-it answers."""
+REFUSED_PAUSES_S: Final = (0.25, 0.25, 0.5, 1.0, 2.0, 5.0)
+"""After refusals in a row; the last one repeats, and a reconnect ends it: that may be another server. Asked again at
+once, a server that refuses would be asked as fast as it answers."""
 
 
 class NatsDelivery:
@@ -89,7 +91,8 @@ class PullFeed:
             connection: shared with the rest of the process.
             stream: its name.
             consumer: the durable consumer's name.
-            credits: how many more messages may be taken now; called in the event loop.
+            credits: how many more messages may be taken now; called in the event loop. Where that is less than was
+                asked for before, the pull is withdrawn.
             deliver: takes a message; called in the event loop, must not block.
             on_consumer_gone: awaited where the server says that the consumer does not exist.
         """
@@ -104,6 +107,7 @@ class PullFeed:
         self._heard = 0.0
         self._wake = asyncio.Event()
         self._renew = False
+        self._reconnected = asyncio.Event()
         self._gone = False
         self._stopping = False
         self._refusals = 0
@@ -135,15 +139,23 @@ class PullFeed:
                 self._wake.clear()
                 if self._refused:
                     self._refused = False
-                    await asyncio.sleep(REFUSED_PAUSES_S[min(self._refusals, len(REFUSED_PAUSES_S)) - 1])
+                    await self._pause(REFUSED_PAUSES_S[min(self._refusals, len(REFUSED_PAUSES_S)) - 1])
                 if self._gone:
                     self._gone = False
                     await self._make_consumer()
                 silent = self._outstanding > 0 and loop.time() - self._heard > SILENCE_S
                 if self._renew or (silent and self._connection.connected):
                     await self._reopen("asked" if self._renew else "silence")
+                elif self._outstanding > max(0, self._credits()) and self._connection.connected:
+                    await self._withdraw()
         finally:
             await self._end()
+
+    async def _pause(self, seconds: float) -> None:
+        self._reconnected.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._reconnected.wait()
 
     async def _make_consumer(self) -> None:
         try:
@@ -156,6 +168,8 @@ class PullFeed:
     async def _on_reconnect(self) -> None:
         # The server forgot the pull with the connection; messages in hand are still ours until ack_wait.
         self._renew = True
+        self._refusals = 0
+        self._reconnected.set()
         self._wake.set()
 
     async def _open(self) -> None:
@@ -172,6 +186,12 @@ class PullFeed:
     async def _reopen(self, why: str) -> None:
         log.info("pull.renewed", why=why, subject=self._subject)
         await self._close()
+        await self._open()
+
+    async def _withdraw(self) -> None:
+        """Take a pull back that asks for more than is wanted by now: it would bring what others could take at once."""
+        log.info("pull.withdrawn", subject=self._subject, asked_for=self._outstanding)
+        await self._end()
         await self._open()
 
     async def _end(self) -> None:

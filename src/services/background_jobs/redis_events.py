@@ -1,7 +1,8 @@
 """One Pub/Sub connection a process: wakes readers of job logs and tells a worker of cancels.
 
 Pub/Sub drops messages, the last one too, so nothing here is a source of truth: a reader reads the log after every
-subscription, after every reconnect (an empty wake-up) and at every heartbeat.
+subscription, after every reconnect (an empty wake-up) and at every heartbeat. When the store falls silent every reader
+is woken, so that it can say so, and the connection is made anew: nobody knows what it would still bring.
 """
 
 from __future__ import annotations
@@ -14,8 +15,14 @@ from typing import Any, Final
 import redis.asyncio as redis
 import structlog
 from redis import exceptions as redis_errors
+from redis.asyncio.client import PubSub
 
+from toolfleet.services.background_jobs.errors import StoreSilent
+from toolfleet.services.background_jobs.redis_functions import as_store_error
+from toolfleet.services.background_jobs.redis_link import lost_connections
 from toolfleet.services.background_jobs.redis_records import events_from, root_of
+from toolfleet.services.background_jobs.store_gate import StoreGate
+from toolfleet.services.background_jobs.task_ending import end_tasks
 from toolfleet.services.background_jobs.task_models import JobEvent
 
 log = structlog.get_logger(__name__)
@@ -32,15 +39,43 @@ Listener = Callable[[str | None], None]
 """Called with a message, or with None after a reconnect: something may have been missed."""
 
 
+class _Subscriptions(PubSub):
+    """Never connects again by itself.
+
+    redis-py (8.1) does so in whatever task meets the loss: beside the task that reads, so that both fail with a
+    RuntimeError, or without a word to those who may have missed something.
+    """
+
+    async def connect(self) -> None:
+        self._must_be_whole()
+        await super().connect()  # type: ignore[no-untyped-call]
+
+    async def parse_response(self, block: bool = True, timeout: float = 0) -> Any:
+        self._must_be_whole()
+        return await super().parse_response(block, timeout)
+
+    async def _reconnect(self, conn: Any, *_: Any, **__: Any) -> None:
+        await conn.disconnect(nowait=True)
+
+    def _must_be_whole(self) -> None:
+        if self.connection is not None and not self.connection.is_connected:
+            raise redis_errors.ConnectionError("the connection of the subscriptions was lost")
+
+
 class RedisEventFeed:
     """`EventFeed` on Redis Pub/Sub."""
 
-    def __init__(self, client: redis.Redis, timeout_s: float) -> None:
-        """Use a client made with ``decode_responses=True``; it stays the caller's to close."""
+    def __init__(self, client: redis.Redis, timeout_s: float, gate: StoreGate) -> None:
+        """Use a client made with ``decode_responses=True``; it stays the caller's to close. While `gate` is silent
+        nothing is tried."""
         self._client = client
         self._timeout = timeout_s
+        self._gate = gate
+        gate.listen(on_silence=self._on_silence)
         self._listeners: dict[str, set[Listener]] = {}
         self._confirmations: dict[str, asyncio.Future[None]] = {}
+        self._renewed: set[str] = set()
+        """Channels of a new connection whose subscription has not been confirmed yet."""
         self._pubsub: Any = None
         self._reader: asyncio.Task[None] | None = None
         self.connected = False
@@ -74,27 +109,65 @@ class RedisEventFeed:
         if not self.connected or not channels:
             return
         try:
-            async with asyncio.timeout(self._timeout):
-                await getattr(self._pubsub, verb)(*channels)
-        except _BROKEN as error:
+            with lost_connections():
+                async with asyncio.timeout(self._timeout):
+                    await getattr(self._pubsub, verb)(*channels)
+        except (*_BROKEN, AttributeError) as error:
+            # AttributeError: redis-py (8.1) writes to the None that the reading task has just put in a lost
+            # connection's place.
             # The reading task meets the same broken connection and subscribes everything again.
             log.debug("redis_events.send_failed", verb=verb, error=str(error))
 
     async def _read(self) -> None:
         while True:
+            # While the store is silent one probe asks for the whole process, and this goes on as soon as it is heard.
+            await self._gate.wait_answers()
+            outages = self._gate.outages
             try:
-                await self._connect()
-                await self._pump()
+                await self._session()
             except _BROKEN as error:
+                reason = str(error) or type(error).__name__
                 if self.connected:
-                    log.warning("redis_events.disconnected", error=str(error) or type(error).__name__)
+                    log.warning("redis_events.disconnected", error=reason)
+                failure = as_store_error(error, "a subscription")
+                # A connection that was lost is no outage, unless there is no new one or nothing was said any more.
+                if isinstance(failure, StoreSilent) and not (self.connected and _lost(error)):
+                    self._gate.fell_silent(failure, outages)
             finally:
                 self.connected = False
                 await self._drop()
             await asyncio.sleep(RECONNECT_S)
 
+    async def _session(self) -> None:
+        """Connect and listen until the connection breaks or the store falls silent."""
+        session = asyncio.create_task(self._connect_and_pump(), name="redis-events-session")
+        silence = asyncio.create_task(self._gate.wait_silent(), name="redis-events-silence")
+        try:
+            await asyncio.wait({session, silence}, return_when=asyncio.FIRST_COMPLETED)
+            if session.done():
+                await session
+        finally:
+            await end_tasks([session, silence])
+
+    async def _connect_and_pump(self) -> None:
+        with lost_connections():
+            await self._connect()
+            await self._pump()
+
+    def _on_silence(self) -> None:
+        self.connected = False
+        for confirmation in self._confirmations.values():
+            if not confirmation.done():
+                confirmation.set_result(None)
+        for channel in list(self._listeners):
+            self._tell_missed(channel)
+
+    def _tell_missed(self, channel: str) -> None:
+        for listener in list(self._listeners.get(channel, ())):
+            listener(None)
+
     async def _connect(self) -> None:
-        self._pubsub = self._client.pubsub()
+        self._pubsub = _Subscriptions(self._client.connection_pool)
         async with asyncio.timeout(self._timeout):
             await self._pubsub.ping()
             subscribed: set[str] = set()
@@ -106,10 +179,8 @@ class RedisEventFeed:
                     await self._pubsub.unsubscribe(*left)
                     subscribed -= left
                 subscribed |= missing
+        self._renewed = subscribed
         self.connected = True
-        for listeners in list(self._listeners.values()):
-            for listener in list(listeners):
-                listener(None)
 
     async def _pump(self) -> None:
         silent = False
@@ -117,7 +188,7 @@ class RedisEventFeed:
             message = await self._pubsub.get_message(timeout=PING_S)
             if message is None:
                 if silent:
-                    raise redis_errors.ConnectionError("no answer to a ping")
+                    raise redis_errors.TimeoutError("no answer to a ping")
                 silent = True
                 async with asyncio.timeout(self._timeout):
                     await self._pubsub.ping()
@@ -134,6 +205,10 @@ class RedisEventFeed:
             confirmation = self._confirmations.get(str(channel))
             if confirmation is not None and not confirmation.done():
                 confirmation.set_result(None)
+            if channel in self._renewed:
+                # Not before: what happens between a read of the log and the subscription would be heard of by nobody.
+                self._renewed.discard(channel)
+                self._tell_missed(channel)
 
     async def _drop(self) -> None:
         pubsub, self._pubsub = self._pubsub, None
@@ -144,9 +219,7 @@ class RedisEventFeed:
     async def close(self) -> None:
         """End the connection."""
         if self._reader is not None:
-            self._reader.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._reader
+            await end_tasks([self._reader])
 
     @contextlib.asynccontextmanager
     async def watch(self, job_id: str) -> AsyncIterator[JobWatch]:
@@ -170,6 +243,10 @@ class RedisEventFeed:
                 cancel(message.removeprefix("cancel "))
 
         await self.listen(f"tf:ctl:{worker}", heard)
+
+
+def _lost(error: BaseException) -> bool:
+    return not isinstance(error, (redis_errors.TimeoutError, TimeoutError))
 
 
 class JobWatch:

@@ -8,7 +8,8 @@ hiredis packs in C. Answers come as Redis sent them: maps are flat lists.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import redis.asyncio as redis
@@ -21,6 +22,38 @@ CONNECTION_ERRORS = (redis_errors.ConnectionError, redis_errors.TimeoutError, OS
 Command = tuple[Any, ...]
 
 
+@contextlib.contextmanager
+def lost_connections() -> Iterator[None]:
+    """Makes uvloop's word for a write to a connection that has just ended what it is: a lost connection.
+
+    It is a RuntimeError, "the handler is closed", and redis-py (8.1) translates an OSError only. As what it came, it
+    would end whatever loop wrote, as a bug does: the probe of the store among them, and then nobody asks again.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "the handler is closed" not in str(error):
+            raise
+        raise redis_errors.ConnectionError(str(error)) from error
+
+
+async def ask_alone(client: redis.Redis, timeout_s: float) -> None:
+    """PING on a connection of its own, which waits for no place in the pool and for no other command.
+
+    Raises:
+        redis.exceptions.RedisError, OSError, TimeoutError: no answer within the bound, or an error was the answer.
+    """
+    connection: AbstractConnection = client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+    try:
+        with lost_connections():
+            async with asyncio.timeout(timeout_s):
+                await connection.connect()  # type: ignore[no-untyped-call]
+                await connection.send_command("PING")
+                await connection.read_response()
+    finally:
+        await connection.disconnect(nowait=True)
+
+
 class RedisLink:
     """Sends pipelines within a bound. Not for concurrent use: `GroupWriter` sends one at a time."""
 
@@ -28,6 +61,11 @@ class RedisLink:
         self._pool = client.connection_pool
         self._timeout = timeout_s
         self._connection: AbstractConnection | None = None
+        self._doubtful = False
+
+    def doubt(self) -> None:
+        """Make a new connection for the next pipeline: this one may lead to a server that is gone, and nobody says."""
+        self._doubtful = True
 
     async def exchange(self, commands: Sequence[Command]) -> list[Any]:
         """One answer a command; an error that Redis answers is an answer.
@@ -41,13 +79,18 @@ class RedisLink:
         packed = b"".join([pack_command(command) for command in commands])
         # redis-py's own socket_timeout bounds each read, not the whole: it was seen to take 15.7 s with 1 s set.
         async with asyncio.timeout(self._timeout):
+            if self._doubtful:
+                self._doubtful = False
+                await self.close()
             kept = self._connection is not None
             try:
-                return await self._send(packed, len(commands))
+                with lost_connections():
+                    return await self._send(packed, len(commands))
             except (redis_errors.ConnectionError, OSError):
                 if not kept:
                     raise
-                return await self._send(packed, len(commands))
+                with lost_connections():
+                    return await self._send(packed, len(commands))
 
     async def _send(self, packed: bytes, count: int) -> list[Any]:
         connection = self._connection or await self._connect()

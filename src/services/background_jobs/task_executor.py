@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import structlog
 
 from toolfleet.services.background_jobs import transitions
 from toolfleet.services.background_jobs.attempt import Attempt, AttemptRules
-from toolfleet.services.background_jobs.errors import MalformedTask, NewerTask, QueueError, StoreError
-from toolfleet.services.background_jobs.ports import (
-    Changes,
-    ClaimAnswer,
-    DeadLetter,
-    Delivery,
-    Granted,
-    JobQueue,
-    JobStore,
-    NotNow,
-    Over,
-    ToolRunner,
+from toolfleet.services.background_jobs.errors import (
+    MalformedTask,
+    NewerTask,
+    QueueError,
+    StoreError,
+    StoreUnavailable,
 )
+from toolfleet.services.background_jobs.finish_spool import FinishSpool
+from toolfleet.services.background_jobs.last_words import FinishWrite, HandBackWrite, LastWrite, RetryWrite
+from toolfleet.services.background_jobs.ports import Changes, ClaimAnswer, Granted, JobStore, NotNow, Over, ToolRunner
+from toolfleet.services.background_jobs.queue_ports import DeadLetter, DeadLetterBox, Delivery, JobQueue
 from toolfleet.services.background_jobs.retry_policy import spread_ms
 from toolfleet.services.background_jobs.store_gate import StoreGate
 from toolfleet.services.background_jobs.task_lease import LeaseKeeper
@@ -55,9 +54,11 @@ class JobExecutor:
         *,
         store: JobStore,
         queue: JobQueue,
+        letters: DeadLetterBox,
         runner: ToolRunner,
         keeper: LeaseKeeper,
         gate: StoreGate,
+        spool: FinishSpool,
         rules: AttemptRules,
         worker_id: str,
         chance: Callable[[], float] = random.random,
@@ -65,9 +66,11 @@ class JobExecutor:
     ) -> None:
         self._store = store
         self._queue = queue
+        self._letters = letters
         self._runner = runner
         self._keeper = keeper
         self._gate = gate
+        self._spool = spool
         self._rules = rules
         self.worker_id = worker_id
         self._chance = chance
@@ -115,7 +118,7 @@ class JobExecutor:
             await delivery.nak(NEWER_TASK_DELAY_S * (1 + self._chance()))
         except MalformedTask as error:
             job_id = last if is_job_id(last) else None
-            letter = DeadLetter(job_id, 0, "malformed", str(error), delivery.data)
+            letter = DeadLetter(job_id, 0, "malformed", str(error), delivery.data, subject=delivery.subject)
             if await self._bury(letter):
                 await delivery.ack()
         return None
@@ -123,7 +126,7 @@ class JobExecutor:
     async def _bury(self, letter: DeadLetter) -> bool:
         """Publish a dead letter; whether it is stored. Where it is not, the redelivery tries again."""
         try:
-            await self._queue.dead_letter(letter)
+            await self._letters.store(letter)
         except QueueError as error:
             log.error("dead_letter.not_stored", job_id=letter.job_id, error=str(error))
             return False
@@ -131,7 +134,7 @@ class JobExecutor:
         return True
 
     async def _claim(self, task: TaskDefinition, delivery: Delivery | None) -> tuple[float, ClaimAnswer]:
-        """Step 3; with the store down it waits, and the keeper keeps the message."""
+        """Step 3; with the store down it waits for a while, and the keeper keeps the message."""
         # A token per pull, not per worker: a restarted worker must not be taken for its own dead attempt.
         token = f"{random.getrandbits(64):016x}"
         asked_at = self._clock()
@@ -148,13 +151,29 @@ class JobExecutor:
             )
 
         try:
-            answer = await (self._gate.insist(claim) if delivery else claim())
+            answer = await (self._claim_patiently(task, claim) if delivery else claim())
         except StoreError as error:
             if delivery is None:
                 raise
             log.error("claim.refused", job_id=task.job_id, error=str(error))
             answer = NotNow(int(REFUSED_DELAY_S * 1000), str(error))
         return asked_at, answer
+
+    async def _claim_patiently(self, task: TaskDefinition, claim: Callable[[], Awaitable[ClaimAnswer]]) -> ClaimAnswer:
+        """Wait for a store that is down, but no longer than for a lease: it may be down for this worker alone, and by
+        then a claim whose answer was lost keeps nobody else from the job."""
+        try:
+            return await claim()
+        except StoreUnavailable as error:
+            self._gate.shut(error)
+            reason = str(error)
+        try:
+            async with asyncio.timeout(self._keeper.lease_s):
+                await self._gate.wait()
+                return await self._gate.insist(claim)
+        except TimeoutError:
+            log.warning("claim.given_back", job_id=task.job_id, error=reason, hint="another worker may reach Redis")
+            return NotNow(0, reason)
 
     async def _attempt(
         self, task: TaskDefinition, granted: Granted, asked_at: float, delivery: Delivery | None
@@ -199,17 +218,23 @@ class JobExecutor:
         match outcome:
             case Lost():
                 log.warning("attempt.lost", job_id=lease.job_id, fence=lease.fence)
-                return
+                if (left := attempt.results_left(changes)) is None:
+                    return
+                # A lease that ran out while the store was away: unless somebody has taken the job, these calls need
+                # not run again, and the others may at once.
+                self._keeper.give_up(attempt)
+                last: LastWrite = left
             case Retry(error=error):
                 delay_ms = self._rules.retries.delay_ms(attempt.retries, self._chance())
-                answer = await self._gate.insist(lambda: self._store.retry(lease, delay_ms, error, changes))
+                last = RetryWrite(delay_ms, error, changes)
             case HandedBack():
-                answer = await self._gate.insist(lambda: self._store.hand_back(lease, changes))
+                last = HandBackWrite(changes)
             case _:
-                ending = _ending(attempt.task, outcome)
-                written = await self._gate.insist(lambda: self._store.finish(lease, ending, changes))
-                # A job that is over needs no message, as one that a cancel has ended instead of a retry.
-                answer = "cancelled" if written == "ok" else "lost"
+                last = FinishWrite(_ending(attempt.task, outcome), changes)
+        answer = await self._spool.insist(attempt.last_words(last))
+        if isinstance(last, FinishWrite) and answer == "ok":
+            # A job that is over needs no message, as one that a cancel has ended instead of a retry.
+            answer = "cancelled"
         if answer == "lost":
             log.warning("attempt.write_refused", job_id=lease.job_id, fence=lease.fence, outcome=name)
         elif delivery is None:

@@ -16,7 +16,8 @@ from typing import Protocol
 import structlog
 
 from toolfleet.services.background_jobs.errors import StoreError, StoreUnavailable
-from toolfleet.services.background_jobs.ports import Delivery, JobStore, Lease
+from toolfleet.services.background_jobs.ports import JobStore, Lease
+from toolfleet.services.background_jobs.queue_ports import Delivery
 from toolfleet.services.background_jobs.store_gate import StoreGate
 from toolfleet.services.background_jobs.transitions import Stop
 
@@ -60,6 +61,8 @@ class LeaseKeeper:
         self._asked = asyncio.Event()
         self._early: set[str] = set()
         """Cancelled jobs that are not held: over already, or the answer to their claim is on its way."""
+        # After an outage the next third of a lease may be too late.
+        gate.listen(on_open=self._asked.set)
 
     @property
     def lease_ms(self) -> int:
@@ -94,6 +97,12 @@ class LeaseKeeper:
         finally:
             if self._held.get(attempt.lease.job_id) is held:
                 del self._held[attempt.lease.job_id]
+
+    def give_up(self, attempt: Stoppable) -> None:
+        """Let an attempt's lease run out, while it still has something to write: it must not keep others waiting."""
+        held = self._held.get(attempt.lease.job_id)
+        if held is not None and held.attempt is attempt:
+            del self._held[attempt.lease.job_id]
 
     def cancel(self, job_id: str | None) -> None:
         """A cancel request was heard of by Pub/Sub; None where some could have been missed, so that a renewal asks."""

@@ -11,11 +11,9 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
-from redis.asyncio import Redis
-from redis.exceptions import RedisError
-
+from toolfleet.services.background_jobs.errors import StoreError
 from toolfleet.services.background_jobs.task_models import Millis
 
 _log = logging.getLogger(__name__)
@@ -77,6 +75,14 @@ class ServerTools:
             return None
 
 
+class SharedStore(Protocol):
+    """What the copy needs of Redis; `RedisStateManager` is one."""
+
+    async def read(self, *command: Any) -> Any:
+        """One command and its answer, bounded; raises `StoreError`."""
+        ...
+
+
 class CatalogueStore:
     """Reads and writes the shared copy; without Redis it holds nothing, and the callers go on with what they have.
 
@@ -84,7 +90,7 @@ class CatalogueStore:
         redis: None where there is none.
     """
 
-    def __init__(self, redis: Redis | None) -> None:
+    def __init__(self, redis: SharedStore | None) -> None:
         self._redis = redis
 
     async def load(self) -> list[ServerTools]:
@@ -94,11 +100,11 @@ class CatalogueStore:
         try:
             names = [
                 name.decode() if isinstance(name, bytes) else str(name)
-                for name in await self._redis.zrange(_INDEX, 0, -1)
+                for name in await self._redis.read("ZRANGE", _INDEX, 0, -1)
             ]
             # Key by key and not MGET: in a cluster the keys belong to different servers.
-            texts = [await self._redis.get(_KEY + name) for name in names]
-        except (RedisError, OSError) as error:
+            texts = [await self._redis.read("GET", _KEY + name) for name in names]
+        except StoreError as error:
             _log.warning("the shared tool catalogue can't be read, this process's copy serves: %s", error)
             return []
         found = (ServerTools.from_json(text) for text in texts if text is not None)
@@ -109,9 +115,9 @@ class CatalogueStore:
         if self._redis is None:
             return
         try:
-            await self._redis.set(_KEY + tools.server, tools.to_json(), ex=TTL_S)
-            await self._redis.zadd(_INDEX, {tools.server: tools.fetched_at})
-            await self._redis.zremrangebyscore(_INDEX, "-inf", tools.fetched_at - TTL_S * 1000)
-            await self._redis.expire(_INDEX, TTL_S)
-        except (RedisError, OSError) as error:
+            await self._redis.read("SET", _KEY + tools.server, tools.to_json(), "EX", TTL_S)
+            await self._redis.read("ZADD", _INDEX, tools.fetched_at, tools.server)
+            await self._redis.read("ZREMRANGEBYSCORE", _INDEX, "-inf", tools.fetched_at - TTL_S * 1000)
+            await self._redis.read("EXPIRE", _INDEX, TTL_S)
+        except StoreError as error:
             _log.warning("the shared tool catalogue can't be written: %s", error)
