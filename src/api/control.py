@@ -7,13 +7,13 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Response
 
 from toolfleet.api.bodies import body_schema, json_body
-from toolfleet.api.dependencies import ApiParts, JobIdPath, Service
-from toolfleet.api.models import CancelOutcome, Decision, Job, Reason
+from toolfleet.api.dependencies import ApiParts, JobIdPath, Service, UserName, known_query
+from toolfleet.api.models import CancelOutcome, Decision, Job, Reason, StoppedCallState
 from toolfleet.api.openapi import LOCATION, answer, problem, problems
 from toolfleet.api.problems import ApiProblem
 from toolfleet.api.views import JOBS_PATH, json_answer, whole_job
 
-router = APIRouter(prefix=JOBS_PATH, tags=["jobs"])
+router = APIRouter(prefix=JOBS_PATH, tags=["jobs"], dependencies=[Depends(known_query)])
 
 
 @router.post(
@@ -47,6 +47,10 @@ async def cancel(
         job_id=job_id,
         outcome=receipt.outcome,
         reached=receipt.reached,
+        calls=[
+            StoppedCallState(tool_call_id=call.tool_call_id, tool_name=call.tool_name, state=call.state)
+            for call in receipt.calls
+        ],
         still_running=list(receipt.still_running),
         status=receipt.status,
         worker=receipt.worker,
@@ -60,7 +64,11 @@ async def cancel(
     summary="Run what did not succeed again",
     status_code=202,
     responses={
-        202: answer("A new generation of the job; stored results of calls that succeeded stay.", headers=LOCATION),
+        202: answer(
+            "A new generation of the job has begun. Results of calls that succeeded stay and these calls do not run "
+            "again; calls without a result run, and so do those whose result says that they failed: that result goes.",
+            headers=LOCATION,
+        ),
         **problems(404, 409, 410, 413, 415, 422, 503),
     },
     openapi_extra=body_schema(Reason, optional=True),
@@ -71,9 +79,14 @@ async def retry(
     response: Response,
     job_id: JobIdPath,
     why: Annotated[Reason, Depends(json_body(Reason, optional=True))],
+    user: UserName = None,
 ) -> Job:
-    """Of a failed or cancelled job."""
-    view = await service.retry(job_id, reason=why.reason or "retry")
+    """Of a failed or cancelled job, also one that ended by a time-out or as a dead letter, whose letters then go.
+
+    A call that must not run twice and failed with the tool's or the server's own word is run again by this: it is a
+    person's word. One whose outcome is not known makes the job `unknown`, which `resolve` is for.
+    """
+    view = await service.retry(job_id, reason=why.reason or "retry", by=user or "")
     response.headers["Location"] = api.views.job_url(job_id)
     return await whole_job(api.views, service, view)
 
@@ -100,9 +113,19 @@ async def resolve(
     service: Service,
     job_id: JobIdPath,
     decision: Annotated[Decision, Depends(json_body(Decision))],
+    user: UserName = None,
 ) -> Job:
-    """A person's word on one call of an `unknown` job; it counts once."""
+    """A person's word on one call of an `unknown` job; it counts once.
+
+    While other calls are undecided the job stays `unknown`, and `decisions` tells this one. The last decision begins a
+    new generation, whose first event, `job.queued`, tells all of them, with who and why.
+    """
     view = await service.resolve(
-        job_id, decision.tool_call_id, decision.decision, result=decision.result, note=decision.note
+        job_id,
+        decision.tool_call_id,
+        decision.decision,
+        result=decision.result,
+        note=decision.note,
+        by=user or "",
     )
     return await whole_job(api.views, service, view)

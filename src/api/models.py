@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from toolfleet.services.background_jobs.job_request import check_free_form
 from toolfleet.services.background_jobs.task_models import ErrorInfo, Status, Tier
+from toolfleet.services.background_jobs.transitions import CallStop
 
 IsoTime = Annotated[str, Field(json_schema_extra={"format": "date-time"}, examples=["2030-01-01T12:00:00.000Z"])]
 JobStatus = Status | Literal["queued_or_running"]
@@ -55,6 +56,17 @@ class Event(_Answer):
     data: dict[str, JsonValue]
 
 
+class DecisionTold(_Answer):
+    """A person's word on a call whose outcome was not known."""
+
+    tool_call_id: str
+    decision: Literal["rerun", "completed", "failed"]
+    by: str | None
+    """Who said so, as the client told it."""
+    note: str | None
+    decided_at: IsoTime
+
+
 class JobSummary(JobLinks):
     """A job as it stands."""
 
@@ -79,6 +91,8 @@ class JobSummary(JobLinks):
     """Whether `result_url` answers with results."""
     undecided_calls: list[str]
     """Calls that must not run twice, were started, and whose outcome a person has to decide (`resolve`)."""
+    decisions: list[DecisionTold]
+    """What was decided while others are not; with the last decision a new generation tells them in its `job.queued`."""
     session_id: str | None
     metadata: dict[str, JsonValue]
     degraded: bool
@@ -132,15 +146,29 @@ class JobOutcome(Job):
     results: list[CallResult] | None
 
 
+class StoppedCallState(_Answer):
+    """How far a cancel got with one call."""
+
+    tool_call_id: str
+    tool_name: str
+    state: CallStop
+    """`ended`: it had come to an end before. `not_sent`: it never reached its tool. `stopped`: its server has shown
+    that it runs no more. `told`: its server was told, and has not shown that it stopped. `not_told`: it was or may have
+    been sent, and its server has not been told. With the last two the tool may still be running."""
+
+
 class CancelOutcome(_Answer):
     """How far a cancel got."""
 
     job_id: str
     outcome: Literal["cancelled", "cancelling", "already_cancelled"]
     reached: Literal["queued", "requested", "worker", "tool"]
-    """`queued`: it never ran. `requested`: its worker has not answered yet. `worker`, `tool`: who has been told."""
+    """`queued`: it was not running. `requested`: its worker has not answered yet. `worker`: that has stopped it, with
+    no tool to tell or none that could be told. `tool`: a tool's server was told."""
+    calls: list[StoppedCallState]
+    """Every call of the job; empty where a cancel of an earlier version is told again."""
     still_running: list[str]
-    """Calls whose tool was told and has not stopped."""
+    """Calls that are not known to have stopped: their tools may still be running."""
     status: Status
     worker: str | None
 

@@ -106,6 +106,16 @@ class Views:
             "error": record.error,
             "output_available": record.status.terminal,
             "undecided_calls": list(record.undecided),
+            "decisions": [
+                {
+                    "tool_call_id": told.tool_call_id,
+                    "decision": told.decision,
+                    "by": told.by or None,
+                    "note": told.note or None,
+                    "decided_at": iso_time(told.decided_at_ms),
+                }
+                for told in record.decisions
+            ],
             "session_id": task.session_id,
             "metadata": task.metadata,
             "degraded": False,
@@ -133,6 +143,7 @@ class Views:
             "error": None,
             "output_available": False,
             "undecided_calls": [],
+            "decisions": [],
             "session_id": task.session_id,
             "metadata": task.metadata,
             "degraded": view.degraded,

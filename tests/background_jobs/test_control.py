@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 
 import pytest
@@ -10,21 +11,25 @@ from redis import Redis
 
 from tests.background_jobs.dumping import dump
 from tests.background_jobs.harness import Fleet, job, open_fleet, running_worker
-from tests.background_jobs.making import make_task
+from tests.background_jobs.making import LEASE_MS, make_task, told
 from tests.conftest import SettingsFactory
 from tests.support.waiting import wait_until
 from toolfleet.services.background_jobs.errors import (
     IdempotencyConflict,
     IllegalMove,
     InvalidArguments,
+    InvalidTask,
     JobNotFound,
     QueueFull,
     UnknownTool,
 )
 from toolfleet.services.background_jobs.event_reader import StreamItem
+from toolfleet.services.background_jobs.job_control import CancelReceipt
+from toolfleet.services.background_jobs.ports import Granted, Lease
 from toolfleet.services.background_jobs.redis_records import root_of
 from toolfleet.services.background_jobs.submit import submit_tool_execution_task
-from toolfleet.services.background_jobs.task_models import Gap, JobEvent, Status
+from toolfleet.services.background_jobs.task_models import Gap, JobEvent, Status, iso_time
+from toolfleet.services.background_jobs.transitions import CallStop
 from toolfleet.settings import Settings
 
 # -- submit ----------------------------------------------------------------------------------------------------------
@@ -81,7 +86,7 @@ async def test_a_full_queue_is_told_from_a_job_that_is_there(
 ) -> None:
     settings = make_settings(nats_url=nats_url, redis_url=redis_url, stream_max_bytes=1 << 20)
     async with open_fleet(settings, workers=0) as fleet:
-        big = {"metadata": {"x": "y" * 500_000}}
+        big = {"metadata": {"x": "y" * 400_000}}
         ids = [await fleet.submit("echo", **big)]
         kept = await fleet.service.submit(job("echo", **big), idempotency_key="k")
         with pytest.raises(QueueFull):
@@ -137,7 +142,7 @@ async def test_cancelling_a_running_job_stops_its_tool_and_frees_the_slot(
         job_id = await fleet.submit(tool)
         await fleet.began("c1:1")
         receipt = await fleet.service.cancel(job_id)
-        assert (receipt.outcome, receipt.reached, receipt.still_running) == ("cancelled", "tool", ())
+        assert (receipt.outcome, receipt.reached, receipt.still_running) == ("cancelled", "tool", [])
         assert fleet.bench.stopped == ["c1"]
         kinds = await fleet.kinds(job_id)
         assert kinds.count("job.cancelling") == 2, "requested, and heard by the worker"
@@ -200,16 +205,85 @@ async def test_a_cancel_that_pubsub_drops_comes_with_the_renewal(
 
 
 @pytest.mark.promise("G8")
-async def test_a_tool_that_does_not_stop_is_reported_as_running(settings: Settings) -> None:
+async def test_a_tool_that_does_not_stop_is_reported_as_running(
+    make_settings: SettingsFactory, nats_url: str, redis_url: str
+) -> None:
+    settings = make_settings(nats_url=nats_url, redis_url=redis_url, concurrency=1)
     async with open_fleet(settings) as fleet:
         job_id = await fleet.submit("stubborn")
         await fleet.began("c1:1")
         receipt = await fleet.service.cancel(job_id)
-        assert (receipt.outcome, receipt.reached) == ("cancelling", "worker")
-        await fleet.over(job_id)
-        told = (await fleet.log(job_id))[-1]
-        assert (told.data["still_running"], told.data["tool_stopped"]) == (["c1"], "not_confirmed")
+        assert (receipt.outcome, receipt.reached) == ("cancelled", "tool")
+        assert states(receipt) == {"c1": CallStop.TOLD}
+        assert receipt.still_running == ["c1"]
+        last = (await fleet.log(job_id))[-1]
+        assert (last.data["still_running"], last.data["tool_stopped"]) == (["c1"], "not_confirmed")
+        assert (await fleet.over(await fleet.submit("echo"))).status is Status.COMPLETED
+        again = await fleet.service.cancel(job_id)
+        assert (again.outcome, states(again)) == ("already_cancelled", states(receipt))
         fleet.bench.gate.set()
+
+
+@pytest.mark.promise("G8")
+async def test_a_cancel_tells_of_every_call_how_far_it_got(
+    make_settings: SettingsFactory, nats_url: str, redis_url: str
+) -> None:
+    settings = make_settings(nats_url=nats_url, redis_url=redis_url, calls_at_once=2)
+    async with open_fleet(settings) as fleet:
+        job_id = await fleet.submit("echo", "hold", "once_hold", "hold")
+        await fleet.began("c2:1")
+        await fleet.began("c3:1")
+        receipt = await fleet.service.cancel(job_id)
+        assert (receipt.outcome, receipt.reached, receipt.still_running) == ("cancelled", "tool", [])
+        expected = ["ended", "stopped", "stopped", "not_sent"]
+        assert [call.state for call in receipt.calls] == expected
+        assert [call.tool_name for call in receipt.calls] == ["echo", "hold", "once_hold", "hold"]
+        last = (await fleet.log(job_id))[-1].data
+        assert [call["state"] for call in last["calls"]] == expected
+
+
+@pytest.mark.promise("G8")
+async def test_a_job_that_waits_for_its_next_attempt_tells_what_the_last_one_left(
+    make_settings: SettingsFactory, nats_url: str, redis_url: str
+) -> None:
+    settings = make_settings(nats_url=nats_url, redis_url=redis_url, retry_delays="600")
+    async with open_fleet(settings) as fleet:
+        job_id = await fleet.submit("echo", ("fail", {"how": "lost"}))
+        await wait_until(lambda: _retries(fleet, job_id), "it waits for its second attempt")
+        receipt = await fleet.service.cancel(job_id)
+        assert (receipt.outcome, receipt.reached) == ("cancelled", "queued")
+        assert states(receipt) == {"c1": CallStop.ENDED, "c2": CallStop.NOT_SENT}
+        assert (await fleet.log(job_id))[-1].data["calls"][0]["tool_name"] == "echo"
+
+
+@pytest.mark.promise("G8")
+async def test_a_worker_that_says_nothing_leaves_its_calls_in_doubt(settings: Settings) -> None:
+    async with open_fleet(settings, workers=0) as fleet:
+        job_id, store = await fleet.submit("echo", "hold"), fleet.core.store
+        task = (await fleet.record(job_id)).task
+        granted = await store.claim(task, token="t", worker="gone", lease_ms=LEASE_MS, published_at=None)
+        assert isinstance(granted, Granted)
+        lease = Lease(job_id, granted.fence)
+        await store.progress(lease, told("c1"), 1)
+        receipt = await fleet.service.cancel(job_id)
+        assert (receipt.outcome, receipt.reached, receipt.worker) == ("cancelling", "requested", "gone")
+        assert states(receipt) == {"c1": CallStop.ENDED, "c2": CallStop.NOT_TOLD}
+        assert receipt.still_running == ["c2"]
+        # Its lease ends, and with the next attempt's claim the job.
+        await fleet.core.client.hset(_record_key(job_id), "lease_until", "1")
+        async with running_worker(settings, fleet.bench):
+            assert (await fleet.over(job_id)).status is Status.CANCELLED
+        later = await fleet.service.cancel(job_id)
+        assert (later.outcome, later.reached, states(later)) == ("already_cancelled", "requested", states(receipt))
+        await fleet.queue_is_empty()
+
+
+def states(receipt: CancelReceipt) -> dict[str, CallStop]:
+    return {call.tool_call_id: call.state for call in receipt.calls}
+
+
+async def _retries(fleet: Fleet, job_id: str) -> int:
+    return (await fleet.record(job_id)).retries
 
 
 async def test_a_job_that_ended_otherwise_can_not_be_cancelled(settings: Settings) -> None:
@@ -218,6 +292,26 @@ async def test_a_job_that_ended_otherwise_can_not_be_cancelled(settings: Setting
         await fleet.over(job_id)
         receipt = await fleet.service.cancel(job_id)
         assert (receipt.outcome, receipt.status) == ("ended", Status.COMPLETED)
+
+
+@pytest.mark.promise("G6")
+@pytest.mark.promise("G11")
+async def test_a_job_that_could_never_start_is_refused_unless_it_is_there_already(settings: Settings) -> None:
+    async with open_fleet(settings, workers=0) as fleet:
+        for fields in (
+            {"expires_at": "2020-01-01T00:00:00Z"},
+            {"expires_at": iso_time(int(time.time() * 1000) + 60_000), "delay_seconds": 3600},
+        ):
+            with pytest.raises(InvalidTask, match="could never start"):
+                await fleet.submit("echo", **fields)
+        new = job("echo", expires_at="2030-01-01T00:00:00Z")
+        first = await fleet.service.submit(new, idempotency_key="one")
+        fleet.service._submitter._clock = lambda: 4e9
+        # The same key asks for a job that was accepted in time.
+        assert (await fleet.service.submit(new, idempotency_key="one")).job_id == first.job_id
+        with pytest.raises(InvalidTask, match="over already"):
+            await fleet.service.submit(new, idempotency_key="two")
+        await fleet.service.cancel(first.job_id)
 
 
 # -- retry and resolve -----------------------------------------------------------------------------------------------
@@ -246,13 +340,25 @@ async def test_a_persons_word_decides_each_call_once(settings: Settings) -> None
             await fleet.service.retry(job_id)
         with pytest.raises(JobNotFound):
             await fleet.service.resolve(job_id, "c9", "failed")
-        view = await fleet.service.resolve(job_id, "c1", "completed", result={"sent": True}, note="seen")
+        view = await fleet.service.resolve(job_id, "c1", "completed", result={"sent": True}, note="seen", by="alice")
         assert view.record is not None
         assert (view.record.status, view.record.undecided) == (Status.UNKNOWN, ("c2",))
+        (told,) = view.record.decisions
+        assert (told.tool_call_id, told.decision, told.by, told.note) == ("c1", "completed", "alice", "seen")
+        before = len(await fleet.log(job_id))
         with pytest.raises(IllegalMove, match="decided already"):
             await fleet.service.resolve(job_id, "c1", "failed")
-        view = await fleet.service.resolve(job_id, "c2", "failed", note="it bounced")
+        view = await fleet.service.resolve(job_id, "c2", "failed", note="it bounced", by="bob")
         assert view.record is not None
+        assert view.record.decisions == ()
+        opened = (await fleet.log(job_id))[before]
+        assert (opened.type.value, opened.generation, opened.data["reason"]) == ("job.queued", 2, "resolved")
+        decisions = opened.data["decisions"]
+        assert isinstance(decisions, list)
+        assert [{**one, "decided_at": "then"} for one in decisions if isinstance(one, dict)] == [
+            {"tool_call_id": "c1", "decision": "completed", "by": "alice", "note": "seen", "decided_at": "then"},
+            {"tool_call_id": "c2", "decision": "failed", "by": "bob", "note": "it bounced", "decided_at": "then"},
+        ]
         assert (view.record.status, view.record.completed_calls, view.record.failed_calls) == (Status.FAILED, 1, 1)
         results = await fleet.service.results(view.record)
         assert results["c1"].structured_content == {"sent": True}

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests.background_jobs import worker_main
 from tests.background_jobs.harness import job
 from tests.support.waiting import wait_until
 from toolfleet.bootstrap import open_service
+from toolfleet.services.background_jobs import loop_watchdog
 from toolfleet.services.background_jobs.job_service import JobService
 from toolfleet.services.background_jobs.nats_task_queue import NatsTaskQueue
 from toolfleet.services.background_jobs.task_models import JobRecord, Status
@@ -168,7 +170,7 @@ async def test_a_job_that_kills_its_workers_ends_as_a_dead_letter(fleet: Fleet) 
     record = await fleet.over(killed)
     assert record.error is not None
     assert (record.status, record.error.code) == (Status.FAILED, "too_many_starts")
-    (letter,) = (await fleet.service.dead_letters(0, 10)).entries
+    (letter,) = (await fleet.core.letters.page(0, 10)).entries
     assert (letter.job_id, letter.reason) == (killed, "too_many_starts")
     assert fleet.ledger().count("begin c1 3") == 0
 
@@ -261,3 +263,32 @@ async def test_a_cancel_reaches_the_tool_in_another_process(fleet: Fleet) -> Non
     assert (receipt.outcome, receipt.reached) == ("cancelled", "tool")
     assert fleet.ledger() == ["begin c1 1", "stopped c1 1"]
     assert (await fleet.over(await fleet.submit("note"))).status is Status.COMPLETED
+
+
+@pytest.mark.promise("G1")
+async def test_a_worker_whose_loop_is_blocked_ends_itself_and_says_what_blocks(fleet: Fleet) -> None:
+    blocked = await fleet.start(blocked_loop_limit=1.0)
+    job_id = await fleet.submit("block")
+    await fleet.noted("begin c1 1")
+    assert await exit_code(blocked) == loop_watchdog.EXIT_CODE
+    log = (fleet.folder / "w1.log").read_text()
+    assert "worker.loop_blocked" in log
+    assert "in block" in log, "the stack names the tool's function"
+    fleet.gate.touch()
+    await fleet.start()
+    record = await fleet.over(job_id)
+    assert (record.status, record.starts) == (Status.COMPLETED, 2)
+    assert fleet.ledger() == ["begin c1 1", "begin c1 2", "end c1 2"]
+
+
+async def test_a_worker_that_was_stopped_for_long_is_not_taken_for_a_blocked_one(fleet: Fleet) -> None:
+    worker = await fleet.start(blocked_loop_limit=0.5)
+    for _ in range(3):
+        os.kill(worker.pid, signal.SIGSTOP)
+        over = time.monotonic() + 1.0
+        await wait_until(lambda over=over: time.monotonic() > over, "it was stopped for longer than the bound")
+        os.kill(worker.pid, signal.SIGCONT)
+    assert (await fleet.over(await fleet.submit("note"))).status is Status.COMPLETED
+    worker.terminate()
+    assert await exit_code(worker) == 0
+    assert "worker.loop_blocked" not in (fleet.folder / "w1.log").read_text()

@@ -6,23 +6,31 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 
 from toolfleet.services.background_jobs.attempt_log import AttemptLog
 from toolfleet.services.background_jobs.call_run import CallOutcome, CallRules, run_call
-from toolfleet.services.background_jobs.errors import LeaseLost
+from toolfleet.services.background_jobs.errors import LeaseLost, StoreUnavailable
+from toolfleet.services.background_jobs.last_words import LastWords, LastWrite
 from toolfleet.services.background_jobs.ports import AttemptStore, Changes, Granted, Lease, ToolRunner, ToolSpec
+from toolfleet.services.background_jobs.result_budget import ResultBudget
 from toolfleet.services.background_jobs.retry_policy import RetryPolicy
 from toolfleet.services.background_jobs.store_gate import StoreGate
 from toolfleet.services.background_jobs.task_lease import Held
 from toolfleet.services.background_jobs.task_models import ErrorInfo, TaskDefinition, ToolCall
-from toolfleet.services.background_jobs.transitions import CallEnd, Outcome, Stop, conclude
+from toolfleet.services.background_jobs.transitions import CallEnd, CallStop, Outcome, Stop, StoppedCall, conclude
 
 log = structlog.get_logger(__name__)
 
 STOP_GRACE_S = 3.0
-"""For stopped calls to tell their servers and end; a call that takes longer is left behind and reported."""
+"""For stopped calls to tell their servers and end; a call that takes longer is left behind and reported. It is
+cancelled once more after this time, and by its own time-out at the end of that. A call of an MCP server always ends
+here: the session gives it up within a second. A function of this process that swallows all of that goes on until it
+returns."""
+CANCEL_GRACE_S = 0.8
+"""The same where somebody waits for the answer: a cancel's comes within 1 s and is to say what has not stopped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +42,8 @@ class AttemptRules:
     calls_at_once: int
     progress_interval_s: float
     retries: RetryPolicy
+    max_result_bytes: int = 64 << 20
+    """Of all results of an attempt."""
 
 
 class Attempt:
@@ -59,11 +69,14 @@ class Attempt:
         self._rules = rules
         self._clock = clock
         self._held: Held | None = None
+        self._budget = ResultBudget(rules.max_result_bytes)
         self._ends: dict[str, CallEnd] = {}
         self._errors: dict[str, ErrorInfo] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._marked: set[str] = set()
         self._sent: set[str] = set()
+        self._withdrawn: list[str] = []
+        self._told: dict[str, CallStop] = {}
         self._stop: Stop | None = None
         self._open_calls = 0
         self._over: asyncio.Future[None] | None = None
@@ -75,6 +88,14 @@ class Attempt:
     def retries(self) -> int:
         """Retries of the job before this attempt."""
         return self._granted.retries
+
+    def last_words(self, last: LastWrite) -> LastWords:
+        """All that is still to be written, when the attempt has run."""
+        return LastWords(self.lease, last, self._log.unanswered, tuple(self._withdrawn))
+
+    def results_left(self, changes: Changes) -> LastWrite | None:
+        """What `run` gave, for an attempt that was lost: its results, where there are any."""
+        return self._log.left(changes)
 
     @property
     def stopped_by(self) -> Stop | None:
@@ -106,13 +127,15 @@ class Attempt:
                 self._tasks[call.tool_call_id] = task
         timer = loop.call_later(self._granted.remaining_ms / 1000, self.stop, Stop.TIMEOUT)
         try:
-            still_running = await self._until_over()
-        finally:
-            timer.cancel()
+            await self._until_over()
+        except BaseException:
             for task in self._tasks.values():
                 task.cancel()
+            raise
+        finally:
+            timer.cancel()
         await self._withdraw_unsent()
-        return self._conclude(still_running), await self._log.take()
+        return self._conclude(), await self._log.take()
 
     def _call_done(self, _: asyncio.Task[None]) -> None:
         self._open_calls -= 1
@@ -126,22 +149,23 @@ class Attempt:
             elif call.tool_call_id in self._granted.marked:
                 self._ends[call.tool_call_id] = CallEnd.UNKNOWN
 
-    async def _until_over(self) -> list[str]:
-        """Wait for all calls, or stop them; the calls that did not end although they were stopped."""
+    async def _until_over(self) -> None:
+        """Wait for all calls, or stop them; those that do not end although they were stopped are left behind."""
+        loop = asyncio.get_running_loop()
         self._open_calls = len(self._tasks)
         if self._open_calls and self._stop is None:
-            self._over = asyncio.get_running_loop().create_future()
+            self._over = loop.create_future()
             await self._over
         running = {name: task for name, task in self._tasks.items() if not task.done()}
         if not running:
-            return []
+            return
         for task in running.values():
             task.cancel()
-        await asyncio.wait(running.values(), timeout=STOP_GRACE_S)
-        left = [name for name, task in running.items() if not task.done()]
-        if left:
-            log.warning("attempt.calls_left_behind", job_id=self.task.job_id, calls=left)
-        return left
+        await asyncio.wait(running.values(), timeout=CANCEL_GRACE_S if self._stop is Stop.CANCEL else STOP_GRACE_S)
+        if left := {name: task for name, task in running.items() if not task.done()}:
+            log.warning("attempt.calls_left_behind", job_id=self.task.job_id, calls=sorted(left))
+            for task in left.values():
+                loop.call_later(STOP_GRACE_S, task.cancel)
 
     async def _one(self, call: ToolCall, slots: asyncio.Semaphore) -> None:
         async with slots:
@@ -153,9 +177,10 @@ class Attempt:
                     job_id=self.task.job_id,
                     attempt=self.lease.fence,
                     rules=CallRules(self._rules.call_timeout_s, self._may_retry()),
-                    on_progress=lambda done, total, text: self._log.progress(call, done, total, text),
+                    on_progress=partial(self._log.progress, call),
                     begin=self._begin,
                     before_send=lambda: self._before_send(call),
+                    on_stop=lambda state: self._on_stop(call, state),
                     withdraw=self._withdraw,
                 )
             except LeaseLost:
@@ -194,12 +219,23 @@ class Attempt:
             raise LeaseLost
         self._sent.add(call.tool_call_id)
 
+    def _on_stop(self, call: ToolCall, state: CallStop) -> None:
+        self._told[call.tool_call_id] = state
+        if state is CallStop.NOT_SENT:
+            self._sent.discard(call.tool_call_id)
+
     async def _withdraw_unsent(self) -> None:
         """A call that was stopped between its mark and its sending may run: the next attempt must not take it for one
         whose outcome is not known."""
         for call in self.task.tools:
-            if self._stop is not Stop.LOST and call.tool_call_id in self._marked - self._sent:
-                await self._withdraw(call)
+            if self._stop is Stop.LOST or call.tool_call_id not in self._marked - self._sent:
+                continue
+            self._marked.discard(call.tool_call_id)
+            try:
+                await self._store.withdraw_mark(self.lease, call.tool_call_id)
+            except StoreUnavailable as error:
+                self._gate.shut(error)
+                self._withdrawn.append(call.tool_call_id)
 
     async def _withdraw(self, call: ToolCall) -> None:
         self._sent.discard(call.tool_call_id)
@@ -207,14 +243,20 @@ class Attempt:
         await self._gate.insist(lambda: self._store.withdraw_mark(self.lease, call.tool_call_id))
 
     def _end(self, call: ToolCall, outcome: CallOutcome, duration_ms: int) -> None:
+        if len(self.task.tools) > 1:
+            outcome = self._budget.take(call, outcome)
         self._ends[call.tool_call_id] = outcome.end
         if outcome.error is not None:
             self._errors[call.tool_call_id] = outcome.error
         last = len(self._ends) == len(self.task.tools)
         self._log.ended(call, outcome, duration_ms, flush=not last)
 
-    def _conclude(self, still_running: list[str]) -> Outcome:
+    def _conclude(self) -> Outcome:
         ends = dict(self._ends)
+        stopped = [
+            StoppedCall(call.tool_call_id, call.tool_name, self._how_stopped(call.tool_call_id))
+            for call in self.task.tools
+        ]
         for call in self.task.tools:
             name = call.tool_call_id
             if name not in ends:
@@ -225,7 +267,17 @@ class Attempt:
             ends,
             self._errors,
             stop=self._stop,
-            reached="tool" if self._sent - self._ends.keys() else "worker",
-            still_running=still_running,
+            stopped=stopped,
             timeout_s=self.task.timeout_ms / 1000,
         )
+
+    def _how_stopped(self, name: str) -> CallStop:
+        end = self._ends.get(name)
+        if end is CallEnd.UNKNOWN:
+            return CallStop.NOT_TOLD
+        if end is not None:
+            return CallStop.ENDED
+        if name not in self._sent:
+            return CallStop.NOT_SENT
+        # What has ended without a word of its runner is not known to have been told.
+        return self._told.get(name, CallStop.NOT_TOLD if self._tasks[name].done() else CallStop.TOLD)

@@ -18,7 +18,7 @@ from toolfleet.services.background_jobs.errors import (
 )
 from toolfleet.services.background_jobs.ports import CallContext, ProgressSink, ToolRunner, ToolSpec
 from toolfleet.services.background_jobs.task_models import ErrorInfo, ToolCall, ToolResult
-from toolfleet.services.background_jobs.transitions import CallEnd
+from toolfleet.services.background_jobs.transitions import CallEnd, CallStop
 
 log = structlog.get_logger(__name__)
 
@@ -55,6 +55,7 @@ async def run_call(
     on_progress: ProgressSink,
     begin: Callable[[ToolCall, ToolSpec], Awaitable[None]],
     before_send: Callable[[], None],
+    on_stop: Callable[[CallStop], None],
     withdraw: Callable[[ToolCall], Awaitable[None]],
 ) -> CallOutcome:
     """Run one call.
@@ -63,6 +64,7 @@ async def run_call(
         begin: told before the call is sent; for a call that must not run twice it writes the start and raises
             `LeaseLost` where the attempt no longer holds the job.
         before_send: told by the runner right before the call may reach the tool; raises `LeaseLost` likewise.
+        on_stop: told by the runner, where the attempt was stopped, how far that got.
         withdraw: takes such a start back, for a call that was surely not sent.
 
     Raises:
@@ -76,7 +78,9 @@ async def run_call(
     except ToolUnavailable as error:
         return _judge(call, attempt, error, repeatable=True, rules=rules)
     await begin(call, spec)
-    context = CallContext(job_id, attempt, f"{job_id}:{call.tool_call_id}", rules.timeout_s, on_progress, before_send)
+    context = CallContext(
+        job_id, attempt, f"{job_id}:{call.tool_call_id}", rules.timeout_s, on_progress, before_send, on_stop
+    )
     try:
         async with asyncio.timeout(rules.timeout_s + RUNNER_GRACE_S):
             result = await runner.run(spec, call, context)

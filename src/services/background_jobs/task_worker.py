@@ -13,7 +13,9 @@ from typing import Any, Final, Protocol
 
 import structlog
 
-from toolfleet.services.background_jobs.ports import Delivery, JobQueue, JobStore, WorkerInfo
+from toolfleet.services.background_jobs.loop_watchdog import LoopWatchdog
+from toolfleet.services.background_jobs.ports import JobStore, WorkerInfo
+from toolfleet.services.background_jobs.queue_ports import Delivery, JobQueue
 from toolfleet.services.background_jobs.reconciler import Reconciler
 from toolfleet.services.background_jobs.store_gate import StoreGate
 from toolfleet.services.background_jobs.task_ending import end_tasks
@@ -69,10 +71,12 @@ class TaskWorker:
         make_feed: FeedFactory,
         listen_for_cancels: Callable[[str, Callable[[str | None], object]], Coroutine[Any, Any, None]],
         recovery_interval_s: float,
+        stuck_s: float,
         drain_timeout_s: float,
         version: str,
         status_file: Path | None = None,
         queue_ready: Callable[[], bool] = lambda: True,
+        watchdog: LoopWatchdog | None = None,
     ) -> None:
         self.worker_id = worker_id
         self._tier = tier
@@ -93,7 +97,8 @@ class TaskWorker:
         self._force = asyncio.Event()
         self._feed = make_feed(self._credits, self._take)
         self._report = WorkerReport(store, self._describe, status_file)
-        self._reconciler = Reconciler(store, queue, interval_s=recovery_interval_s)
+        self._reconciler = Reconciler(store, queue, interval_s=recovery_interval_s, stuck_s=stuck_s)
+        self._watchdog = watchdog
 
     # -- what the feed asks and gives ------------------------------------------------------------------------
 
@@ -139,6 +144,8 @@ class TaskWorker:
             "report": self._report.run(),
             "reconcile": self._reconciler.run(),
         }
+        if self._watchdog is not None:
+            background["watchdog"] = self._watchdog.run()
         named = {name: asyncio.create_task(loop, name=name) for name, loop in background.items()}
         loops = set(named.values())
         stop = asyncio.create_task(self._stop.wait(), name="stop")

@@ -55,6 +55,38 @@ class Stop(StrEnum):
     """The lease could not be renewed in time, or another attempt holds the job."""
 
 
+class CallStop(StrEnum):
+    """How far a stop got with one call. Whether a tool has stopped is said, never assumed (G8)."""
+
+    ENDED = "ended"
+    """It had come to an end before, with or without a result."""
+    NOT_SENT = "not_sent"
+    """It never reached its tool."""
+    STOPPED = "stopped"
+    """It surely runs no more: the server gave its result after all or closed the stream of the answer, the server's
+    process ended, or the function returned."""
+    TOLD = "told"
+    """The server has been told, as its protocol version asks, or the function was cancelled; it has not shown that it
+    stopped, which the protocol does not ask of it."""
+    NOT_TOLD = "not_told"
+    """It was or may have been sent, and its server has not been told: the connection is gone, the server takes nothing,
+    or the worker has died or does not answer."""
+
+    @property
+    def may_run(self) -> bool:
+        """Whether the tool may still be running."""
+        return self in (CallStop.TOLD, CallStop.NOT_TOLD)
+
+
+@dataclass(frozen=True, slots=True)
+class StoppedCall:
+    """One call of a job that was stopped."""
+
+    tool_call_id: str
+    tool_name: str
+    state: CallStop
+
+
 class CallEnd(StrEnum):
     """How one call of an attempt ended."""
 
@@ -93,10 +125,20 @@ class Retry:
 class Cancelled:
     """Stopped on request."""
 
-    reached: str
-    """How far the request got: `tool` (the tool's server was told) or `worker` (nothing was being run)."""
-    still_running: tuple[str, ...] = ()
-    """Calls whose tool may go on although it was told."""
+    calls: tuple[StoppedCall, ...] = ()
+    """Every call of the job."""
+
+    @property
+    def reached(self) -> str:
+        """How far the request got: `tool` (a tool's server was told) or `worker` (there was none to tell, or none that
+        could be told)."""
+        told = any(call.state in (CallStop.TOLD, CallStop.STOPPED) for call in self.calls)
+        return "tool" if told else "worker"
+
+    @property
+    def still_running(self) -> tuple[str, ...]:
+        """Calls whose tool may still be running."""
+        return tuple(call.tool_call_id for call in self.calls if call.state.may_run)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +177,7 @@ def conclude(
     errors: Mapping[str, ErrorInfo],
     *,
     stop: Stop | None,
-    reached: str = "worker",
-    still_running: Sequence[str] = (),
+    stopped: Sequence[StoppedCall] = (),
     timeout_s: float = 0,
 ) -> Outcome:
     """One outcome from the ends of all calls of a job, those of earlier attempts included.
@@ -151,7 +192,7 @@ def conclude(
     if stop is Stop.LOST or (open_calls and stop is None):
         return Lost()
     if stop is Stop.CANCEL and (open_calls or by_end[CallEnd.RETRY] or by_end[CallEnd.UNKNOWN]):
-        return Cancelled(reached, tuple(still_running))
+        return Cancelled(tuple(stopped))
     if stop is Stop.DRAIN and open_calls:
         return HandedBack()
     if by_end[CallEnd.RETRY] and stop in (None, Stop.DRAIN):
@@ -192,15 +233,23 @@ def failed(error: ErrorInfo) -> Ending:
 
 
 def cancelled(outcome: Cancelled) -> Ending:
-    """running -> cancelled, saying how far the request got and what may still be running."""
+    """running -> cancelled, saying of each call how far the request got and what may still be running."""
+    states = {call.state for call in outcome.calls}
+    said = "nothing_was_running"
+    if outcome.still_running:
+        said = "not_confirmed"
+    elif CallStop.STOPPED in states:
+        said = "stopped"
     data = {
         "status": Status.CANCELLED.value,
         "reached": outcome.reached,
-        "tool_stopped": "told" if outcome.reached == "tool" and not outcome.still_running else "not_confirmed",
+        "tool_stopped": said,
         "still_running": list(outcome.still_running),
+        "calls": [
+            {"tool_call_id": call.tool_call_id, "tool_name": call.tool_name, "state": call.state.value}
+            for call in outcome.calls
+        ],
     }
-    if outcome.reached == "worker":
-        data["tool_stopped"] = "nothing_was_running"
     return Ending(Status.CANCELLED, NewEvent(EventType.JOB_CANCELLED, data))
 
 

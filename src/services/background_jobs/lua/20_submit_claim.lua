@@ -96,7 +96,8 @@ local function claim(keys, args)
     return granted(k, rec, max_starts)
   end
   if rec.status == 'running' and rec.lease_until > now then
-    return { 'later', rec.lease_until - now, 'held by another attempt' }
+    -- No lease lasts longer than one from now on, unless the clock was set back: the queue must not wait for that.
+    return { 'later', math.min(rec.lease_until - now, lease_ms), 'held by another attempt' }
   end
   if rec.status == 'queued' and rec.not_before > now and not rec.cancel then
     return { 'later', rec.not_before - now, 'not due' }

@@ -71,6 +71,12 @@ local function settle_unknown(k, rec, now, args, i)
   if not fits or #redis.call('HKEYS', k.res) + results < rec.total then return false end
   rec.generation = rec.generation + 1
   redis.call('HSET', k.job, 'generation', rec.generation)
+  local decisions, names = decisions_of(k)
+  if #names > 0 then
+    -- Persons had decided other calls: this generation's log is where that is told.
+    emit(k, rec, now, 'job.queued', '{"reason":"answered","decisions":' .. decisions .. '}')
+    redis.call('HDEL', k.job, unpack(names))
+  end
   redis.call('ZREM', k.root .. ':expiry', rec.tier .. ':unknown:' .. k.id)
   for n = 1, results do
     local call = args[i + 2 * n - 1]
@@ -111,7 +117,8 @@ local function leave(keys, args, counts_as_retry)
   end
   local i = apply_changes(k, rec, now, args, 5)
   if rec.cancel then
-    end_cancelled(k, rec, now, rec.cancel)
+    -- Calls that are tried again have failed; those of a worker that leaves were told to stop.
+    end_cancelled(k, rec, now, rec.cancel, counts_as_retry and 'ended' or 'told')
     return 'cancelled'
   end
   local delay = tonumber(args[3])

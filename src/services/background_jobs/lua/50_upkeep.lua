@@ -1,24 +1,42 @@
 -- What the reconciler and the statistics ask for.
 
--- orphans(root; limit): jobs whose time in the `due` index has come. A claim and its renewals leave that index alone,
--- so a job that is held or not due yet is put off here, to the end of its lease or its due time. Any other is put off
--- too, so that of several reconcilers only one looks at it, and ever less often.
--- Answers (id, status, generation, fence, task)*.
+-- Whether a run whose lease is renewed goes on for longer than the job's running time and `stuck_ms` allow.
+local function overruns(rec, now, stuck_ms)
+  return rec.status == 'running' and rec.timeout > 0 and rec.lease_until > now and
+         stop_clock(rec, now) - rec.timeout > stuck_ms
+end
+
+-- orphans(root; limit, stuck_ms): jobs whose time in the `due` index has come. A claim and its renewals leave that
+-- index alone, so a job that is held or not due yet is put off here, to the end of its lease or its due time. Any other
+-- is put off too, so that of several reconcilers only one looks at it, and ever less often; a dead run at the latest to
+-- the moment at which it counts as stuck.
+-- Answers (id, status, generation, fence, task, trouble)*; trouble: queued, lease_expired, stuck, overrun.
 local function orphans(keys, args)
-  local root, now, answers = keys[1], now_ms(), {}
+  local root, now, stuck_ms, answers = keys[1], now_ms(), tonumber(args[2]), {}
   local ids = redis.call('ZRANGEBYSCORE', root .. ':due', '-inf', now, 'LIMIT', 0, args[1])
   for _, id in ipairs(ids) do
     local k = keys_of(root, id)
     local rec = load_record(k, CLAIM_FIELDS)
     local busy = rec and (rec.status == 'running' and rec.lease_until or rec.not_before) or 0
+    local again = rec and now + math.max(60000, math.floor((now - rec.created) / 2))
+    local trouble
     if not rec or TERMINAL[rec.status] then
       redis.call('ZREM', k.due, id)
+    elseif overruns(rec, now, stuck_ms) then
+      trouble, again = 'overrun', now + 60000
     elseif busy + GRACE_MS > now then
       redis.call('ZADD', k.due, busy + GRACE_MS, id)
+    elseif rec.status == 'queued' then
+      trouble = 'queued'
+    elseif now - rec.lease_until > stuck_ms then
+      trouble = 'stuck'
     else
-      redis.call('ZADD', k.due, now + math.max(60000, math.floor((now - rec.created) / 2)), id)
+      trouble, again = 'lease_expired', math.min(again, rec.lease_until + stuck_ms + 1)
+    end
+    if trouble then
+      redis.call('ZADD', k.due, again, id)
       for _, value in ipairs({ id, rec.status, rec.generation, rec.fence,
-                               redis.call('HGET', k.job, 'task') or '' }) do
+                               redis.call('HGET', k.job, 'task') or '', trouble }) do
         answers[#answers + 1] = value
       end
     end
@@ -26,8 +44,8 @@ local function orphans(keys, args)
   return answers
 end
 
--- reclaim(root; id, status, generation, fence): step 12, for a job that is not in the stream. Answers 'publish' (it
--- is queued and its task is to be published again), 'settled' (it ended) or 'changed' (somebody was faster).
+-- reclaim(root; id, status, generation, fence, trouble): step 12, for a job that is not in the stream. Answers 'publish'
+-- (it is queued and its task is to be published again), 'settled' (it ended) or 'changed' (somebody was faster).
 local function reclaim(keys, args)
   local k, now = keys_of(keys[1], args[1]), now_ms()
   local rec = load_record(k, CLAIM_FIELDS)
@@ -54,10 +72,33 @@ local function reclaim(keys, args)
   end
   if rec.status == 'running' then
     redis.call('HINCRBY', k.root .. ':totals', 'leases_lost', 1)
-    emit(k, rec, now, 'job.queued', '{"tier":"' .. rec.tier .. '","reason":"lease_expired"}')
+    local reason = args[5] == 'stuck' and 'stuck' or 'lease_expired'
+    emit(k, rec, now, 'job.queued', '{"tier":"' .. rec.tier .. '","reason":"' .. reason .. '"}')
     wait_again(k, rec, now, 0, stop_clock(rec, now))
   end
   return 'publish'
+end
+
+-- end_overrun(root; id, generation, fence, stuck_ms): step 12, for a run that its worker should have ended. The status
+-- takes the job from its attempt, whose renewal and writes are 'lost' from now on, so the fence need not grow; it stays
+-- that the attempt may still tell the true outcome of a call that must not run twice. Answers 'settled' or 'changed'.
+local function end_overrun(keys, args)
+  local k, now = keys_of(keys[1], args[1]), now_ms()
+  local rec = load_record(k, CLAIM_FIELDS)
+  if not rec or rec.generation ~= tonumber(args[2]) or rec.fence ~= tonumber(args[3]) or
+     not overruns(rec, now, tonumber(args[4])) then
+    return 'changed'
+  end
+  local _, marked = calls_of(k)
+  if rec.cancel then
+    end_cancelled(k, rec, now, rec.cancel)
+  elseif #marked > 0 then
+    end_unknown(k, rec, now, marked, 'stuck')
+  else
+    end_failed(k, rec, now, 'timeout', 'the job used up its running time of ' .. (rec.timeout / 1000) ..
+               ' s and its worker did not end it; its results so far are kept', 'stuck')
+  end
+  return 'settled'
 end
 
 -- How many ids of expired jobs a partition remembers, and for how long: they turn a 404 into a 410, nothing else.
@@ -150,6 +191,7 @@ end
 
 redis.register_function('{prefix}_orphans', orphans)
 redis.register_function('{prefix}_reclaim', reclaim)
+redis.register_function('{prefix}_end_overrun', end_overrun)
 redis.register_function('{prefix}_prune', prune)
 redis.register_function({ function_name = '{prefix}_expired', callback = expired, flags = { 'no-writes' } })
 redis.register_function({ function_name = '{prefix}_stats', callback = stats, flags = { 'no-writes' } })
