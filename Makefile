@@ -16,10 +16,10 @@ TYPING_LINK := .typing/toolfleet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo up test check format bench docs lock peers consul clean
+.PHONY: help setup demo up test check format bench bench-flood bench-streams docs lock peers consul faketime powercut chaos clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 24
 
 setup: $(READY) $(TYPING_LINK) ## .venv from the lock file, with this project in it
 
@@ -32,8 +32,9 @@ up: setup ## starts everything and leaves it running on port 8081 until Ctrl-C
 # Two processes, by file: the tests mostly wait for real servers. `make test TEST_PROCESSES=0` runs them in one.
 TEST_PROCESSES ?= 2
 
-test: setup peers ## all tests, against real servers; installs Consul where root may
+test: setup peers ## all tests, against real servers; installs Consul and libfaketime where root may
 	@command -v consul >/dev/null || [ "$$(id -u)" != 0 ] || deployment/ci/install_consul.sh
+	@ls /usr/lib/*/faketime/libfaketimeMT.so.1 >/dev/null 2>&1 || [ "$$(id -u)" != 0 ] || deployment/ci/install_faketime.sh
 	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(ARGS)
 
 check: setup ## formatting, lint, types, import direction
@@ -49,8 +50,22 @@ format: setup ## formats and applies the safe fixes
 docs: setup ## writes docs/SETTINGS.md again from the settings
 	@$(BIN)/python -m tests.support.settings_doc > docs/SETTINGS.md
 
+# `make chaos SEED=7 JOBS=10000 SECONDS=600`; more with ARGS, see `python -m tests.chaos --help`
+SEED ?= 1
+JOBS ?= 500
+SECONDS ?= 60
+
+chaos: setup ## the whole fleet under faults, audited; SEED, JOBS, SECONDS; one JSON object on the last line
+	@$(BIN)/python -m tests.chaos --seed $(SEED) --jobs $(JOBS) --seconds $(SECONDS) $(ARGS)
+
 bench: setup ## throughput and latency; one JSON object on the last line
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+bench-flood: setup ## what a job that floods with progress costs the others, over stdio and HTTP
+	@$(BIN)/python -m benchmarks.flood $(ARGS)
+
+bench-streams: setup ## stream clients that lose their connections, and 2,000 idle ones
+	@$(BIN)/python -m benchmarks.streams $(ARGS)
 
 # The hashes cover every platform's artifacts, so one lock serves them all. Pins that still fit are kept;
 # `make lock ARGS=--upgrade` takes the newest releases.
@@ -64,8 +79,14 @@ lock: setup ## writes the lock files again from pyproject.toml
 
 peers: $(PEERS_READY) ## MCP servers that others wrote, in an environment of their own, for the tests
 
+powercut: setup ## root: a power cut under load, with our settings of the servers and with their own; figures, then JSON
+	@$(BIN)/python -m tests.powercut $(ARGS)
+
 consul: ## Consul where it is missing (Debian, root)
 	@deployment/ci/install_consul.sh
+
+faketime: ## libfaketime where it is missing (Debian, root); tests move clocks with it
+	@deployment/ci/install_faketime.sh
 
 clean: ## removes what the targets above made
 	rm -rf $(VENV) $(PEERS) .typing .run build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \

@@ -57,6 +57,16 @@ class WorkerProcess:
         self._process = process
 
     @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    async def line(self) -> str:
+        """The next line of its standard output."""
+        assert self._process.stdout is not None
+        return (await self._process.stdout.readline()).decode().strip()
+
+    @property
     def rss_mb(self) -> float:
         """Resident memory now, from /proc."""
         status = Path(f"/proc/{self._process.pid}/status").read_text()

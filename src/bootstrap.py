@@ -21,7 +21,9 @@ import structlog
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from toolfleet.services.background_jobs.admission import Admission
 from toolfleet.services.background_jobs.attempt import AttemptRules
+from toolfleet.services.background_jobs.dead_letters import DeadLetters
 from toolfleet.services.background_jobs.durability import (
     Durability,
     nats_varz,
@@ -36,16 +38,19 @@ from toolfleet.services.background_jobs.errors import (
     StoreUnavailable,
     StreamMismatch,
 )
+from toolfleet.services.background_jobs.finish_spool import FinishSpool
 from toolfleet.services.background_jobs.job_service import JobService
+from toolfleet.services.background_jobs.loop_watchdog import LoopWatchdog
 from toolfleet.services.background_jobs.nats_connection import NatsConnection
+from toolfleet.services.background_jobs.nats_dead_letters import NatsDeadLetters
 from toolfleet.services.background_jobs.nats_streams import StreamNames
 from toolfleet.services.background_jobs.nats_task_queue import NatsTaskQueue
-from toolfleet.services.background_jobs.ports import Delivery, ToolCatalogue, ToolRunner
+from toolfleet.services.background_jobs.ports import ToolCatalogue, ToolRunner
 from toolfleet.services.background_jobs.pull_feed import PullFeed
+from toolfleet.services.background_jobs.queue_ports import Delivery
 from toolfleet.services.background_jobs.redis_events import RedisEventFeed
 from toolfleet.services.background_jobs.redis_state_manager import RedisStateManager
 from toolfleet.services.background_jobs.retry_policy import RetryPolicy
-from toolfleet.services.background_jobs.store_gate import StoreGate
 from toolfleet.services.background_jobs.submission import Limits, Submitter
 from toolfleet.services.background_jobs.sync_runs import SyncRunner
 from toolfleet.services.background_jobs.task_ending import end_tasks
@@ -96,6 +101,7 @@ class Core:
     feed: RedisEventFeed
     connection: NatsConnection
     queue: NatsTaskQueue
+    letters: NatsDeadLetters
     queue_state: QueueState
 
 
@@ -155,12 +161,13 @@ async def open_core(settings: Settings, *, name: str, prepare: bool = True) -> A
             max_starts=settings.max_starts,
         )
         stack.push_async_callback(store.close)
-        feed = RedisEventFeed(client, settings.redis_timeout)
+        feed = RedisEventFeed(client, settings.redis_timeout, store.gate)
         stack.push_async_callback(feed.close)
         connection = NatsConnection(await registry.nats_urls(), name=name)
         stack.push_async_callback(connection.close)
         queue = await _queue(settings, registry, connection)
-        core = Core(settings, registry, client, store, feed, connection, queue, QueueState())
+        letters = NatsDeadLetters(connection, queue.names, timeout_s=settings.publish_timeout)
+        core = Core(settings, registry, client, store, feed, connection, queue, letters, QueueState())
         connected = await connection.start()
         if prepare:
             if connected:
@@ -250,7 +257,7 @@ async def open_tools(core: Core) -> AsyncIterator[tuple[ToolRunner, ToolCatalogu
     """The MCP tools of the fleet. Imported here: a process that brings its own tools does not pay for the SDK."""
     from toolfleet.services.tool_execution.mcp_runner import mcp_tools
 
-    async with mcp_tools(core.registry, core.client, core.settings) as tools:
+    async with mcp_tools(core.registry, core.store, core.settings) as tools:
         yield tools.runner, tools.catalogue
 
 
@@ -262,6 +269,7 @@ def attempt_rules(settings: Settings) -> AttemptRules:
         calls_at_once=settings.calls_at_once,
         progress_interval_s=settings.progress_interval,
         retries=RetryPolicy(settings.retry_delays, settings.retry_jitter),
+        max_result_bytes=settings.max_job_result_bytes,
     )
 
 
@@ -270,20 +278,34 @@ def limits(settings: Settings) -> Limits:
     return Limits(settings.max_calls_per_job, settings.max_body_bytes, settings.max_retries, settings.job_timeout)
 
 
-def _executor(core: Core, runner: ToolRunner, name: str) -> tuple[JobExecutor, LeaseKeeper, StoreGate]:
-    settings = core.settings
-    gate = StoreGate(core.store.ping)
+@contextlib.asynccontextmanager
+async def _open_spool(core: Core) -> AsyncIterator[FinishSpool]:
+    """What attempts could not write, here and in processes that are gone; the latter is looked at before all else."""
+    spool = FinishSpool(core.settings.state_dir / "spool", core.store, core.store.gate)
+    await spool.look_first()
+    looking = asyncio.create_task(spool.run(), name="spool")
+    try:
+        yield spool
+    finally:
+        await end_tasks([looking])
+        await spool.close()
+
+
+def _executor(core: Core, runner: ToolRunner, spool: FinishSpool, name: str) -> tuple[JobExecutor, LeaseKeeper]:
+    settings, gate = core.settings, core.store.gate
     keeper = LeaseKeeper(core.store, gate, lease_s=settings.lease, ack_wait_s=settings.ack_wait, clock=time.monotonic)
     executor = JobExecutor(
         store=core.store,
         queue=core.queue,
+        letters=core.letters,
         runner=runner,
         keeper=keeper,
         gate=gate,
+        spool=spool,
         rules=attempt_rules(settings),
         worker_id=name,
     )
-    return executor, keeper, gate
+    return executor, keeper
 
 
 @contextlib.asynccontextmanager
@@ -312,12 +334,14 @@ async def open_service(
         sync_runs = None
         if runs_jobs:
             await stack.enter_async_context(_durability_told(core))
-            executor, keeper, gate = _executor(core, runner, f"{name}-{socket.gethostname()}-{os.getpid()}")
+            spool = await stack.enter_async_context(_open_spool(core))
+            executor, keeper = _executor(core, runner, spool, f"{name}-{socket.gethostname()}-{os.getpid()}")
             sync_runs = SyncRunner(executor, runner, attempt_rules(settings), at_once=settings.api_concurrency)
-            stack.push_async_callback(gate.close)
             loops = [asyncio.create_task(keeper.run()), asyncio.create_task(keeper.watch_deadlines())]
             await core.feed.on_cancel(executor.worker_id, keeper.cancel)
             stack.push_async_callback(end_tasks, loops)
+        admission = Admission(core.queue, settings.tier_max_jobs)
+        stack.push_async_callback(admission.close)
         submitter = Submitter(
             store=core.store,
             queue=core.queue,
@@ -325,9 +349,15 @@ async def open_service(
             check_arguments=check_arguments,
             sync_runs=sync_runs,
             limits=limits(settings),
+            admission=admission,
         )
         service = JobService(
-            store=core.store, queue=core.queue, feed=core.feed, catalogue=catalogue, submitter=submitter
+            store=core.store,
+            queue=core.queue,
+            feed=core.feed,
+            catalogue=catalogue,
+            submitter=submitter,
+            letters=DeadLetters(core.store, core.queue, core.letters, keep_s=settings.dlq_max_age_days * 86400),
         )
         yield Wired(core, service, catalogue)
 
@@ -347,8 +377,8 @@ async def open_worker(
         core = await stack.enter_async_context(open_core(settings, name=name))
         await stack.enter_async_context(_durability_told(core))
         runner = tools if tools is not None else (await stack.enter_async_context(open_tools(core)))[0]
-        executor, keeper, gate = _executor(core, runner, name)
-        stack.push_async_callback(gate.close)
+        spool = await stack.enter_async_context(_open_spool(core))
+        executor, keeper = _executor(core, runner, spool, name)
 
         def make_feed(credits: Callable[[], int], deliver: Callable[[Delivery], None]) -> PullFeed:
             return PullFeed(
@@ -368,14 +398,18 @@ async def open_worker(
             queue=core.queue,
             executor=executor,
             keeper=keeper,
-            gate=gate,
+            gate=core.store.gate,
             make_feed=make_feed,
             listen_for_cancels=core.feed.on_cancel,
             recovery_interval_s=settings.recovery_check_interval,
+            stuck_s=settings.stuck_run_timeout * 60,
             drain_timeout_s=settings.drain_timeout,
             version=package_version(),
             status_file=status_file,
             queue_ready=lambda: core.queue_state.ready,
+            # Not in an API: it has `/health/live`, which a supervisor asks from outside, a worker has no port; and its
+            # end would break every stream that it serves.
+            watchdog=LoopWatchdog(settings.blocked_loop_limit) if settings.blocked_loop_limit else None,
         )
         watch = asyncio.create_task(_stop_on_mismatch(core.queue_state, worker), name="queue-watch")
         try:

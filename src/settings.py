@@ -60,7 +60,8 @@ class Settings(BaseSettings):
     api_url: str = "http://127.0.0.1:8081"
     """Of the jobs API, for the command line's client commands."""
     state_dir: Path = Path(".run")
-    """Where this host keeps pid files, logs and worker status files (`manage_workers.sh`)."""
+    """Where this host keeps pid files, logs and worker status files (`manage_workers.sh`), and the spool of what could
+    not be written while Redis was away. One for a fleet, on a disk that outlives the processes."""
 
     # -- the queue --------------------------------------------------------------------------------------------
     stream: str = "TOOLFLEET_TASKS"
@@ -72,7 +73,10 @@ class Settings(BaseSettings):
     dlq_subject_prefix: str = "toolfleet.dlq"
     """Dead letters are published to ``<prefix>.<job_id>``."""
     stream_max_bytes: int = Field(1 << 30, ge=1 << 20)
-    """Of the task stream; a full stream answers 429."""
+    """Of the task stream. A submit is answered 429 before: tier low at 80 % of it, normal at 90 %, high at 95 %."""
+    tier_max_jobs: int = Field(100_000, ge=1)
+    """Jobs of one tier in the queue, waiting and running; a further one is answered 429. A worker of 1,000 jobs a
+    second needs 100 s for so many."""
     dlq_max_bytes: int = Field(256 << 20, ge=1 << 20)
     """Of the dead letter stream; the oldest go first, and the stats warn at 80 %."""
     dlq_max_age_days: float = Field(30, gt=0)
@@ -126,12 +130,22 @@ class Settings(BaseSettings):
         30, validation_alias=_either("RECOVERY_CHECK_INTERVAL_SECONDS", "TOOLFLEET_RECOVERY_CHECK_INTERVAL")
     )
     """Between two looks of the reconciler for jobs that no message will wake."""
+    stuck_run_timeout: float = Field(
+        5, gt=0, validation_alias=_either("STUCK_RUN_TIMEOUT_MINUTES", "TOOLFLEET_STUCK_RUN_TIMEOUT")
+    )
+    """Minutes after which the reconciler takes a running job from an attempt that does not go on: its lease ran out so
+    long ago and its message was not delivered again, or it runs so much longer than its running time allows."""
+    blocked_loop_limit: float = Field(20, ge=0)
+    """Seconds for which a worker's event loop may be blocked; then the process ends itself with exit code 70. Below
+    `lease`, so that it is gone when another worker takes its jobs, and far above any honest pause. 0: never."""
     worker_name: str | None = None
     """Unique in the fleet; ``<tier>-<host>-<pid>`` where unset."""
 
     # -- tools ------------------------------------------------------------------------------------------------
     max_result_bytes: int = Field(8 << 20, ge=1024)
     """Of one call's result; a larger one fails its call."""
+    max_job_result_bytes: int = Field(64 << 20, ge=1024)
+    """Of all results of one attempt of a job; a call whose result does not fit any more fails."""
     mcp_connect_timeout: Seconds = 10
     """For a tool server to be reached or started, and ready."""
     mcp_max_connections: int = Field(1000, ge=1)

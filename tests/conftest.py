@@ -10,6 +10,7 @@ import asyncio
 import os
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
@@ -90,7 +91,7 @@ def _settings_variables() -> set[str]:
 
 
 @pytest.fixture
-def make_settings() -> SettingsFactory:
+def make_settings(tmp_path: Path) -> SettingsFactory:
     """Settings from keyword arguments alone, with stream names of the test's own: `make_settings(concurrency=2)`."""
 
     def make(**overrides: object) -> Settings:
@@ -103,6 +104,7 @@ def make_settings() -> SettingsFactory:
             # A stream reserves its size for the whole session, of the 4 GB that the session's server has.
             "stream_max_bytes": 4 << 20,
             "dlq_max_bytes": 1 << 20,
+            "state_dir": tmp_path / "run",
         }
         return Settings.model_validate(names | overrides)
 

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
 
-from toolfleet.api import control, fleet, health, jobs, openapi, problems, submit
+from toolfleet.api import control, dead_letters, fleet, health, jobs, openapi, problems, submit
+from toolfleet.api.breaking_off import BrokenOff
 from toolfleet.api.dependencies import Api
 from toolfleet.api.limits import BodyLimit
 from toolfleet.api.stopping import Stopping
@@ -65,10 +66,11 @@ def create_app(settings: Settings | None = None, wired: Wired | None = None) -> 
         redirect_slashes=False,
     )
     app.state.api = api
-    routers = (submit.router, jobs.router, control.router, fleet.router, health.router)
+    routers = (submit.router, jobs.router, control.router, dead_letters.router, fleet.router, health.router)
     for router in routers:
         app.include_router(router)
     problems.install(app, [route for router in routers for route in router.routes])
     openapi.complete(app)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(BrokenOff)
     return app

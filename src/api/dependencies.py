@@ -12,7 +12,7 @@ from fastapi import Depends, Header, Path, Query, Request
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 
-from toolfleet.api.problems import KEY_HEADER, MAX_NAME, ApiProblem
+from toolfleet.api.problems import KEY_HEADER, MAX_NAME, USER_HEADER, ApiProblem
 from toolfleet.api.stopping import Stopping
 from toolfleet.api.views import Views
 from toolfleet.bootstrap import Wired
@@ -137,6 +137,17 @@ def _idempotency_key(
 
 
 SubmitKey = Annotated[IdempotencyKey, Depends(_idempotency_key)]
+
+
+UserName = Annotated[
+    str | None,
+    Header(
+        alias=USER_HEADER,
+        description="Who asks, for the job's log. Taken as it is said: let the proxy set it that knows its users.",
+        pattern=r"^[!-~]([ -~]{0,126}[!-~])?$",
+        examples=["alice"],
+    ),
+]
 
 
 def _after(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 
-from toolfleet.api.dependencies import ApiParts, Parts
+from toolfleet.api.dependencies import ApiParts, Parts, known_query
 from toolfleet.api.fleet_models import Live, Ready
 from toolfleet.api.openapi import answer, problem, problems
 from toolfleet.api.problems import ApiProblem
@@ -17,10 +17,10 @@ from toolfleet.services.background_jobs.errors import QueueError, StoreError
 CHECK_S: Final = 2.0
 """The bound of each check: a probe is asked every few seconds and must not pile up."""
 
-router = APIRouter(prefix="/health", tags=["health"])
+router = APIRouter(prefix="/health", tags=["health"], dependencies=[Depends(known_query)])
 
 
-@router.get("/live", operation_id="live", summary="Whether the process answers", responses=problems())
+@router.get("/live", operation_id="live", summary="Whether the process answers", responses=problems(422))
 async def live() -> Live:
     """Says nothing of other parts: a restart would not bring them back."""
     return Live(version=package_version())
@@ -45,7 +45,7 @@ async def live() -> Live:
                 "parts": {"nats": "up", "streams": "up", "redis": "Redis did not serve PING", "tools": "up"},
             },
         ),
-        **problems(),
+        **problems(422),
     },
 )
 async def ready(api: ApiParts, wired: Parts) -> Ready:

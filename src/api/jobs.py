@@ -7,7 +7,7 @@ from typing import Annotated, Final
 
 from fastapi import APIRouter, Depends, Query, Response
 
-from toolfleet.api.dependencies import After, ApiParts, JobIdPath, Service, known_query
+from toolfleet.api.dependencies import After, ApiParts, JobIdPath, Parts, Service, known_query
 from toolfleet.api.fleet import stats_of
 from toolfleet.api.fleet_models import Stats
 from toolfleet.api.models import Job, JobList, JobResult, NotReady
@@ -31,10 +31,10 @@ router = APIRouter(prefix=JOBS_PATH, tags=["jobs"], dependencies=[Depends(known_
 @router.get(
     "/stats", operation_id="job_stats", summary="The fleet's figures", tags=["fleet"], responses=problems(422, 503)
 )
-async def stats(service: Service) -> Stats:
+async def stats(wired: Parts) -> Stats:
     """Per tier: queued, running, oldest age; totals by status; workers; rates; dead letters; warnings."""
-    store, queue, alive = await service.stats()
-    return stats_of(store, queue, list(alive), int(time.time() * 1000))
+    store, queue, alive = await wired.service.stats()
+    return stats_of(store, queue, list(alive), int(time.time() * 1000), wired.core.settings.tier_max_jobs)
 
 
 @router.get("", operation_id="list_jobs", summary="A page of jobs", responses=problems(422, 503))

@@ -10,6 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from toolfleet.api.letter_models import LetterSelection, Note
 from toolfleet.api.models import Decision, Event, Reason
 from toolfleet.api.problems import KEY_HEADER, MEDIA_TYPE, Problem
 from toolfleet.services.background_jobs.job_request import NewJob
@@ -18,7 +19,8 @@ Responses = dict[int | str, dict[str, Any]]
 
 TAGS: Final = [
     {"name": "jobs", "description": "Submit, watch, cancel and decide jobs."},
-    {"name": "fleet", "description": "Tools, workers, figures and dead letters."},
+    {"name": "fleet", "description": "Tools, workers and figures."},
+    {"name": "dead letters", "description": "What needs a person: look, redrive, discard."},
     {"name": "health", "description": "Whether this process and what it stands on are there."},
 ]
 
@@ -33,7 +35,7 @@ RETRY_AFTER: Final = {
 }
 LOCATION: Final = {"Location": {"description": "Where to poll the job.", "schema": {"type": "string"}}}
 
-_INPUT_MODELS: Final[Sequence[type[BaseModel]]] = (NewJob, Decision, Reason)
+_INPUT_MODELS: Final[Sequence[type[BaseModel]]] = (NewJob, Decision, Reason, Note, LetterSelection)
 _OTHER_MODELS: Final[Sequence[type[BaseModel]]] = (Problem, Event)
 
 _PROBLEMS: Final[Mapping[int, tuple[str, dict[str, Any]]]] = {

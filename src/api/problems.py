@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Match, Route
 
 from toolfleet.services.background_jobs.errors import (
+    DeadLetterNotFound,
     IdempotencyConflict,
     IllegalMove,
     InvalidArguments,
@@ -36,6 +37,7 @@ log = structlog.get_logger(__name__)
 
 MEDIA_TYPE: Final = "application/problem+json"
 KEY_HEADER: Final = "Idempotency-Key"
+USER_HEADER: Final = "X-Toolfleet-User"
 RETRY_AFTER_S: Final = 5
 """What a client is asked to wait where a part is down or full: about as long as a part needs to come back."""
 MAX_ERRORS: Final = 20
@@ -51,6 +53,7 @@ _KINDS: Final[Sequence[tuple[type[ToolfleetError], int, str, str]]] = (
     (InvalidCursor, 422, "invalid-request", "Invalid request"),
     (JobExpired, 410, "job-expired", "Job expired"),
     (JobNotFound, 404, "job-not-found", "Job not found"),
+    (DeadLetterNotFound, 404, "dead-letter-not-found", "Dead letter not found"),
     (IllegalMove, 409, "illegal-move", "The job's status does not allow this"),
     (QueueFull, 429, "queue-full", "Queue full"),
     (QueueError, 503, "queue-unavailable", "Queue unavailable"),
@@ -59,7 +62,7 @@ _KINDS: Final[Sequence[tuple[type[ToolfleetError], int, str, str]]] = (
 )
 """Which error is which answer; the first that fits."""
 
-_TOLD: Final = ("nearest", "path", "errors", "job_id", "tool_call_id", "size", "limit")
+_TOLD: Final = ("nearest", "path", "errors", "job_id", "tool_call_id", "size", "limit", "tier", "waiting")
 """Details of an error that become extension members; others stay inside."""
 
 
@@ -103,13 +106,15 @@ class ApiProblem(Exception):
 
 
 def problem_of(error: ToolfleetError, **members: Any) -> ApiProblem:
-    """The answer that an error of the services is."""
+    """The answer that an error of the services is; Retry-After is what the error knows of it, or a default."""
     told = {name: error.details[name] for name in _TOLD if error.details.get(name) is not None}
     if "status" in error.details:
         told["job_status"] = error.details["status"]
     for kind, status, code, title in _KINDS:
         if isinstance(error, kind):
-            return ApiProblem(status, code, title, str(error), **told | members)
+            known = error.details.get("retry_after")
+            headers = {"Retry-After": str(known)} if known is not None else None
+            return ApiProblem(status, code, title, str(error), headers=headers, **told | members)
     log.error("api.unmapped_error", kind=type(error).__name__, error=str(error))
     return _internal()
 
@@ -203,11 +208,10 @@ def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
 
 def _allowed(request: Request, routes: Sequence[BaseRoute]) -> str:
     """The methods of all routes of this path; Starlette names those of the first one."""
-    found: set[str] = set()
-    for route in routes:
-        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
-            found |= route.methods or set()
-    return ", ".join(sorted(found))
+    fits = [r for r in routes if isinstance(r, Route) and r.matches(request.scope)[0] is not Match.NONE]
+    # What has a path of its own is not an id that another route would take it for.
+    own = [route for route in fits if route.path == request.scope["path"]]
+    return ", ".join(sorted({method for route in own or fits for method in route.methods or ()}))
 
 
 def _explained(request: Request, status: int, title: str) -> str:

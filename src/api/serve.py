@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -24,6 +25,29 @@ Ready = Callable[[int], None]
 """Called with the port once requests are answered."""
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+FEW_FILES: Final = 4096
+"""Open files below which an API says at its start how many streams it can serve at most."""
+
+
+def raise_open_files() -> int:
+    """Let this process have as many open files as the system permits it; that number.
+
+    Every open stream is a file, and the soft limit is 1,024 on many systems, for programs that use `select`.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+        except (ValueError, OSError):  # some systems tell a higher limit than they grant
+            log.debug("api.open_files_kept", limit=soft)
+    if soft < FEW_FILES:
+        log.warning(
+            "api.few_open_files",
+            limit=soft,
+            advice=f"further clients get no connection; raise the hard limit (ulimit -Hn, LimitNOFILE) to {FEW_FILES}",
+        )
+    return soft
 
 
 def serve(settings: Settings, *, port: int | None = None, ready: Ready | None = None) -> None:
@@ -38,6 +62,7 @@ def serve(settings: Settings, *, port: int | None = None, ready: Ready | None = 
         OSError: the port is taken, or the host is not of this machine.
         DiscoveryError, StreamMismatch: as `bootstrap.open_service`; the latter also where it is found out later.
     """
+    raise_open_files()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(ApiServer(settings, port=port, ready=ready).run(handle_signals=True))
 
@@ -145,7 +170,8 @@ def bound(host: str, port: int) -> Iterator[socket.socket]:
         OSError: as `serve`.
     """
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
+    # The protocol is named since asyncio sends without Nagle's delay, 40 ms an answer, only where it is TCP by name.
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         # A restart must not wait for connections of the process before.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)

@@ -7,7 +7,7 @@ from typing import Annotated, Final
 from fastapi import APIRouter, Depends, Response
 
 from toolfleet.api.bodies import body_schema, json_body
-from toolfleet.api.dependencies import ApiParts, IdempotencyKey, Parts, SubmitKey
+from toolfleet.api.dependencies import ApiParts, IdempotencyKey, Parts, SubmitKey, known_query
 from toolfleet.api.models import JobAccepted, JobOutcome
 from toolfleet.api.openapi import KEY, LOCATION, answer, problem, problems
 from toolfleet.api.problems import KEY_HEADER, ApiProblem, problem_of
@@ -19,7 +19,7 @@ from toolfleet.services.background_jobs.job_service import JobService
 from toolfleet.services.background_jobs.submission import Submission
 from toolfleet.services.background_jobs.task_models import DEFAULT_TENANT, derived_job_id
 
-router = APIRouter(prefix=JOBS_PATH, tags=["jobs"])
+router = APIRouter(prefix=JOBS_PATH, tags=["jobs"], dependencies=[Depends(known_query)])
 
 _UNKNOWN_TOOL: Final = {
     "type": "urn:toolfleet:problem:unknown-tool",

@@ -151,7 +151,8 @@ async def ended(client: httpx.AsyncClient, job_id: str) -> dict[str, Any]:
 
     async def look() -> dict[str, Any] | None:
         job: dict[str, Any] = (await client.get(f"{JOBS}/{job_id}")).json()
-        return job if job["output_available"] else None
+        # None where the job can not be asked for, as a moment after an outage.
+        return job if job.get("output_available") else None
 
     found = await wait_until(look, f"job {job_id} has ended", timeout=BOUND_S)
     assert found is not None

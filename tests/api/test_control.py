@@ -17,6 +17,7 @@ async def test_a_queued_job_is_cancelled_at_once(client: httpx.AsyncClient) -> N
         "job_id": job["job_id"],
         "outcome": "cancelled",
         "reached": "queued",
+        "calls": [{"tool_call_id": "call_1", "tool_name": "echo", "state": "not_sent"}],
         "still_running": [],
         "status": "cancelled",
         "worker": None,
@@ -38,6 +39,9 @@ async def test_a_running_job_is_cancelled_down_to_its_tool(client: httpx.AsyncCl
     assert body["reached"] == "tool"
     assert body["status"] == "cancelled"
     assert body["still_running"] == []
+    assert body["calls"] == [{"tool_call_id": "call_1", "tool_name": "hold", "state": "stopped"}]
+    again = (await client.post(job["cancel_url"])).json()
+    assert again == body | {"outcome": "already_cancelled", "worker": None}
 
 
 async def test_cancelling_twice_is_a_200(client: httpx.AsyncClient) -> None:

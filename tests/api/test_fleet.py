@@ -8,15 +8,20 @@ import pytest
 from tests.api.harness import JOBS, Toolbox, call, ended, in_status, problem, running_api, submit
 from tests.support.waiting import wait_until
 from toolfleet.bootstrap import open_core
-from toolfleet.services.background_jobs.ports import DeadLetter
+from toolfleet.services.background_jobs.queue_ports import DeadLetter
 from toolfleet.services.background_jobs.task_models import TaskDefinition, ToolCall, new_job_id
 from toolfleet.settings import Settings
 
 
 async def test_stats_of_an_empty_fleet(client: httpx.AsyncClient, api_settings: Settings) -> None:
-    idle = {"queued": 0, "running": 0, "oldest_age_seconds": 0}
+    idle = {"queued": 0, "running": 0, "oldest_age_seconds": 0, "in_queue": 0}
+
+    def limited(share: float) -> dict[str, float]:
+        limits = {"max_in_queue": api_settings.tier_max_jobs, "max_bytes": int(share * api_settings.stream_max_bytes)}
+        return idle | limits
+
     assert (await client.get(f"{JOBS}/stats")).json() == {
-        "tiers": {"high": idle, "normal": idle, "low": idle},
+        "tiers": {"high": limited(0.95), "normal": limited(0.9), "low": limited(0.8)},
         "totals": {"queued": 0, "running": 0, "completed": 0, "failed": 0, "cancelled": 0, "unknown": 0},
         "rates": {"finished_last_minute": 0, "finished_last_15_minutes": 0},
         "leases_lost": 0,
@@ -82,8 +87,8 @@ async def test_dead_letters_are_paged_from_the_oldest(client: httpx.AsyncClient,
     task = TaskDefinition(job_id=new_job_id(), tools=(ToolCall(tool_call_id="call_1", tool_name="echo"),))
     async with open_core(api_settings, name="test") as core:
         for fence in (1, 2):
-            await core.queue.dead_letter(_letter(task.to_json(), fence, task.job_id))
-        await core.queue.dead_letter(_letter(b"\xff not a task", 0, None))
+            await core.letters.store(_letter(task.to_json(), fence, task.job_id))
+        await core.letters.store(_letter(b"\xff not a task", 0, None))
     first = (await client.get("/api/v1/dead-letters", params={"limit": 2})).json()
     rest = (await client.get("/api/v1/dead-letters", params={"limit": 2, "cursor": first["cursor"]})).json()
     letters = first["dead_letters"] + rest["dead_letters"]
@@ -107,9 +112,9 @@ async def test_a_dead_letter_stream_that_is_80_percent_full_is_warned_of(
 
     part = b"x" * (api_settings.dlq_max_bytes * 42 // 100)
     async with open_core(api_settings, name="test") as core:
-        await core.queue.dead_letter(_letter(part, 1, new_job_id()))
+        await core.letters.store(_letter(part, 1, new_job_id()))
         assert not await warned()
-        await core.queue.dead_letter(_letter(part, 2, new_job_id()))
+        await core.letters.store(_letter(part, 2, new_job_id()))
     assert await warned()
 
 

@@ -44,6 +44,8 @@ class LiveApi:
     url: str
     jobs: dict[str, str]
     """The id of an ended job of each terminal status."""
+    letters: list[str]
+    """Ids of dead letters: of jobs, and of malformed messages."""
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +103,13 @@ def test_operations_on_jobs_that_are_there_answer_as_described(case: schemathesi
     case.call_and_validate(base_url=live_api.url, timeout=BOUND_S)
 
 
+@api.include(path_regex="letter_id").parametrize()
+@bounded
+def test_operations_on_letters_that_are_there_answer_as_described(case: schemathesis.Case, live_api: LiveApi) -> None:
+    case.path_parameters["letter_id"] = live_api.letters[next(_turns) % len(live_api.letters)]
+    case.call_and_validate(base_url=live_api.url, timeout=BOUND_S)
+
+
 def test_every_answer_and_every_error_is_documented() -> None:
     description = create_app(Settings()).openapi()
     ids = []
@@ -118,7 +127,7 @@ def test_every_answer_and_every_error_is_documented() -> None:
                     assert set(answer["content"]) == {PROBLEM}, (method, path, status)
                 if status in ("429", "503"):
                     assert "Retry-After" in answer["headers"], (method, path, status)
-    assert len(ids) == len(set(ids)) == 14
+    assert len(ids) == len(set(ids)) == 19
     submit_answers = description["paths"][JOBS]["post"]["responses"]
     assert set(submit_answers) == {"200", "202", "413", "415", "422", "429", "500", "503"}
     assert all("Idempotency-Key" in submit_answers[s]["headers"] for s in submit_answers if s != "500")

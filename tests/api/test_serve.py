@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.api.harness import BOUND_S, Toolbox, call, frames, running_server
+from tests.api.harness import BOUND_S, Toolbox, call, frames, problem, running_server
 from tests.support.waiting import wait_until
 from toolfleet.api.serve import ApiServer, bound, serve
 from toolfleet.bootstrap import open_core, open_service
@@ -111,6 +111,23 @@ async def test_streams_end_under_the_program_uvicorn_too(
             assert [frame.event async for frame in told] == []
             await process.wait()
     assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+async def test_a_request_that_is_broken_off_at_the_end_is_told_to_ask_again(
+    api_settings: Settings, tools: Toolbox
+) -> None:
+    async with running_server(api_settings.model_copy(update={"drain_timeout": 1}), tools) as (server, client):
+        body = {"tools": [call("hold")], "mode": "sync"}
+        asked = asyncio.create_task(client.post("/api/v1/jobs", json=body, headers={"Idempotency-Key": "k"}))
+        await wait_until(lambda: tools.calls["hold"] == 1, "the tool is called")
+        server.stop()
+        answer = await asked
+        tools.release.set()
+    told = problem(answer, 503, "stopping")
+    assert told["accepted"] == "unknown"
+    assert answer.headers["Idempotency-Key"] == "k"
+    assert told["job_id"].startswith("job_")
+    assert int(answer.headers["Retry-After"]) > 0
 
 
 def test_a_taken_port_is_said(settings: Settings) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from tests.support.waiting import wait_until
 from toolfleet.bootstrap import Core, open_service, open_worker
 from toolfleet.services.background_jobs.errors import (
+    StoreUnavailable,
     ToolConnectionLost,
     ToolFailure,
     ToolRejected,
@@ -162,7 +163,11 @@ class Fleet:
         """The record once it has this status."""
 
         async def reached() -> JobRecord | None:
-            record = await self.core.store.get(job_id)
+            try:
+                record = await self.core.store.get(job_id)
+            except StoreUnavailable:
+                # A moment after an outage: the probe has not asked yet.
+                return None
             return record if record is not None and record.status is status else None
 
         found = await wait_until(reached, f"{job_id} is {status}")

@@ -16,7 +16,7 @@ from toolfleet.services.background_jobs.task_models import (
     ToolResult,
     new_job_id,
 )
-from toolfleet.services.background_jobs.transitions import Ending
+from toolfleet.services.background_jobs.transitions import CallStop, Ending, StoppedCall
 
 LEASE_MS = 60_000
 
@@ -53,11 +53,12 @@ def ending(status: Status, job_id: str = "", undecided: tuple[str, ...] = ("c1",
         case Status.COMPLETED:
             return transitions.completed(1)
         case Status.CANCELLED:
-            return transitions.cancelled(transitions.Cancelled("tool"))
+            return transitions.cancelled(transitions.Cancelled(STOPPED))
         case Status.UNKNOWN:
             return transitions.unknown(job_id, undecided)
         case _:
             return transitions.failed(ERROR)
 
 
+STOPPED = (StoppedCall("c1", "echo", CallStop.STOPPED),)
 ERROR = ErrorInfo(code="tool_failed", message="it failed")

@@ -11,7 +11,7 @@ from tests.background_jobs.dumping import dump
 from tests.background_jobs.harness import Fleet, open_fleet
 from tests.background_jobs.making import make_task
 from tests.support.waiting import wait_until
-from toolfleet.services.background_jobs.ports import DeadLetter
+from toolfleet.services.background_jobs.queue_ports import DeadLetter
 from toolfleet.services.background_jobs.task_models import Status, Tier, new_job_id
 from toolfleet.settings import Settings
 
@@ -24,7 +24,7 @@ async def send(fleet: Fleet, last: str, data: bytes) -> None:
 
 async def the_letter(fleet: Fleet) -> DeadLetter:
     async def letters() -> list[DeadLetter]:
-        return list((await fleet.service.dead_letters(0, 10)).entries)
+        return list((await fleet.core.letters.page(0, 10)).entries)
 
     (letter,) = await wait_until(letters, "the message is buried")
     await fleet.queue_is_empty()
@@ -76,5 +76,5 @@ async def test_a_newer_task_is_handed_back_for_a_newer_worker(settings: Settings
 
         await wait_until(handed_back, "both were dealt with")
         assert await fleet.core.queue.stands(task.job_id)
-        assert (await fleet.service.dead_letters(0, 10)).entries == []
+        assert (await fleet.core.letters.page(0, 10)).entries == []
         assert not redis.keys(f"*:job:{task.job_id}")

@@ -13,6 +13,7 @@ from toolfleet.services.background_jobs.attempt import Attempt, AttemptRules
 from toolfleet.services.background_jobs.attempt_log import AttemptLog
 from toolfleet.services.background_jobs.call_run import CallOutcome
 from toolfleet.services.background_jobs.errors import StoreError, StoreUnavailable
+from toolfleet.services.background_jobs.loop_watchdog import Silence
 from toolfleet.services.background_jobs.ports import (
     Changes,
     Granted,
@@ -430,3 +431,13 @@ async def test_the_mark_of_a_call_that_was_never_sent_is_taken_back(why: Stop) -
     # An attempt that has lost its job may not even take that back.
     assert store.marks == (["c1"] if why is Stop.LOST else [])
     assert type(outcome) is {Stop.DRAIN: HandedBack, Stop.TIMEOUT: Failed, Stop.LOST: Lost}[why]
+
+
+def test_a_stop_of_the_process_is_not_silence_of_its_loop() -> None:
+    silence = Silence(1.0, now=0.0)
+    assert silence.at(1.0, beats=1) == 0
+    assert silence.at(3600.0, beats=1) == 2, "it was asleep itself"
+    assert silence.at(3601.0, beats=1) == 3
+    assert silence.at(3602.0, beats=2) == 0
+    for second in range(1, 21):
+        assert silence.at(3602.0 + second, beats=2) == second

@@ -40,6 +40,9 @@ class Attempt:
     sent: set[str] = field(default_factory=set)
 
 
+STUCK_MS = 300_000
+
+
 class Protocol(RuleBasedStateMachine):
     """One job, several workers, clients and reconcilers; time passes when a rule says so."""
 
@@ -144,6 +147,28 @@ class Protocol(RuleBasedStateMachine):
             assert answer.task.generation == generation + 1
             self.begin_generation(answer.task)
             # A failed call may run again on a person's word.
+            self.started -= {call for call in self.started if call in self.failed_before(generation)}
+
+    @precondition(lambda self: self.status in (Status.FAILED, Status.CANCELLED) or len(self.attempts) == 2)
+    @rule(old=st.booleans())
+    def redrive(self, old: bool) -> None:
+        """A dead letter of the last attempt, or of an earlier generation."""
+        was, generation = self.state()
+        record = record_of(self.redis, self.task.job_id)
+        fence = int(record.get("fence", 0)) - old
+        letter = self.task.model_copy(update={"generation": generation - old})
+        if fence < 1 or letter.generation < 1:
+            return
+        answered = int(self.redis.get(f"{root_of(self.task.job_id)}:letter:{self.task.job_id}") or 0)
+        answer = self.do(
+            lambda: self.store.redrive(letter, fence, 60_000, "", ""),
+            same=lambda a, b: b.verdict == ("answered" if a.verdict == "reopened" else a.verdict),
+        )
+        may = was in (Status.FAILED, Status.CANCELLED) and not old and fence > answered
+        assert (answer.verdict == "reopened") == may, answer
+        if may:
+            assert answer.task.generation == generation + 1
+            self.begin_generation(answer.task)
             self.started -= {call for call in self.started if call in self.failed_before(generation)}
 
     def failed_before(self, generation: int) -> set[str]:
@@ -373,7 +398,7 @@ class Protocol(RuleBasedStateMachine):
         if self.redis.zscore(f"{root}:due", self.task.job_id) is not None:
             self.redis.zadd(f"{root}:due", {self.task.job_id: 1})
         partition = partition_of(self.task.job_id)
-        for orphan in self.loop.run(self.store.orphans(partition, 10)):
+        for orphan in self.loop.run(self.store.orphans(partition, 10, STUCK_MS)):
             assert orphan.task is not None
             assert orphan.task.generation == self.state()[1]
             if meanwhile:
@@ -386,6 +411,26 @@ class Protocol(RuleBasedStateMachine):
                 same=partial(lambda again, a, b: b == (again if a == "publish" else "changed"), again),
             )
             assert not moved or verdict == "changed"
+
+    @precondition(lambda self: self.status is Status.RUNNING)
+    @rule(meanwhile=st.booleans())
+    def overruns(self, meanwhile: bool) -> None:
+        root, before = root_of(self.task.job_id), record_of(self.redis, self.task.job_id)
+        key = f"{root}:job:{self.task.job_id}"
+        lasts = before["lease_until"] != "1"
+        self.redis.hset(key, "run_from", 1)
+        self.redis.zadd(f"{root}:due", {self.task.job_id: 1})
+        found = self.loop.run(self.store.orphans(partition_of(self.task.job_id), 10, STUCK_MS))
+        assert [orphan.trouble for orphan in found] == ["overrun" if lasts else "stuck"]
+        if meanwhile:
+            # Somebody else has the job by now, and begins its time.
+            self.redis.hset(key, "lease_until", 1)
+            self.redis.hset(key, "run_from", before["run_from"])
+            self.claim("w3", False, False)
+        verdict = self.do(lambda: self.store.end_overrun(found[0], STUCK_MS), same=lambda _, again: again == "changed")
+        assert (verdict == "settled") == (lasts and not meanwhile)
+        if self.status is Status.RUNNING:
+            self.redis.hset(key, "run_from", before["run_from"])
 
     # -- at every moment -----------------------------------------------------------------------------------------
 

@@ -370,12 +370,15 @@ async def test_a_job_without_a_record_is_cancelled_by_its_message(store: RedisSt
 # -- the reconciler's view -------------------------------------------------------------------------------------------
 
 
+STUCK_MS = 300_000
+
+
 def make_due(redis: Redis, task: TaskDefinition) -> None:
     redis.zadd(f"{root_of(task.job_id)}:due", {task.job_id: 1})
 
 
 async def orphans(store: RedisStateManager, task: TaskDefinition) -> list[Any]:
-    return list(await store.orphans(partition_of(task.job_id), 100))
+    return list(await store.orphans(partition_of(task.job_id), 100, STUCK_MS))
 
 
 @pytest.mark.leaves_open_jobs
@@ -537,3 +540,25 @@ async def test_many_that_make_one_record_make_one(store: RedisStateManager, redi
     assert sum(new for _, new in answers) == 1
     check_job(redis, task.job_id)
     assert (await store.cancel(task.job_id, "x")).found == "cancelled_now"
+
+
+async def test_a_late_answer_beside_a_decision_tells_both(store: RedisStateManager, redis: Redis) -> None:
+    task = make_task(2)
+    await store.enqueue(task)
+    _, lease = await granted(store, task)
+    for call in task.tools:
+        assert await store.mark_start(lease, call, LEASE_MS) == "ok"
+    unknown = ending(Status.UNKNOWN, task.job_id, ("c1", "c2"))
+    assert await store.finish(lease, unknown, Changes()) == "ok"
+    answer = await store.resolve(task.job_id, "c1", "completed", result("c1"), "seen", "alice")
+    assert answer.verdict == "waiting"
+    assert await store.finish(lease, ending(Status.COMPLETED), told("c2")) == "ok"
+    record = await store.get(task.job_id)
+    assert record is not None
+    assert (record.status, record.generation, record.decisions) == (Status.COMPLETED, 2, ())
+    opened = next(e for e in await store.events(task.job_id) if e.generation == 2)
+    assert (opened.type, opened.data["reason"]) == (EventType.JOB_QUEUED, "answered")
+    decisions = opened.data["decisions"]
+    assert isinstance(decisions, list)
+    assert [(one["tool_call_id"], one["by"]) for one in decisions if isinstance(one, dict)] == [("c1", "alice")]
+    check_job(redis, task.job_id)

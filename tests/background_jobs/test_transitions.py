@@ -10,6 +10,7 @@ from toolfleet.services.background_jobs import transitions
 from toolfleet.services.background_jobs.task_models import ErrorInfo, EventType, Status
 from toolfleet.services.background_jobs.transitions import (
     CallEnd,
+    CallStop,
     Cancelled,
     Completed,
     Failed,
@@ -18,6 +19,7 @@ from toolfleet.services.background_jobs.transitions import (
     Outcome,
     Retry,
     Stop,
+    StoppedCall,
     Unknown,
     conclude,
 )
@@ -29,7 +31,7 @@ STOPS = [None, *Stop]
 def conclude_all(ends: tuple[CallEnd, ...], stop: Stop | None) -> Outcome:
     named = {f"c{n}": end for n, end in enumerate(ends)}
     errors = {call: ErrorInfo(code="timeout", message="late", tool_call_id=call) for call in named}
-    return conclude(named, errors, stop=stop, reached="tool", timeout_s=600)
+    return conclude(named, errors, stop=stop, stopped=[stopped(CallStop.STOPPED)], timeout_s=600)
 
 
 @pytest.mark.parametrize("stop", STOPS)
@@ -102,7 +104,7 @@ def test_endings_carry_the_event_of_their_status() -> None:
     endings = [
         transitions.completed(2),
         transitions.failed(error),
-        transitions.cancelled(Cancelled("tool")),
+        transitions.cancelled(Cancelled((stopped(CallStop.TOLD),))),
         transitions.unknown("job_x", ["c1"]),
     ]
     assert [end.status for end in endings] == [s for s in Status if s.terminal]
@@ -110,16 +112,26 @@ def test_endings_carry_the_event_of_their_status() -> None:
     assert all(end.event.data["status"] == end.status for end in endings)
 
 
+def stopped(state: CallStop, name: str = "c1") -> StoppedCall:
+    return StoppedCall(name, "echo", state)
+
+
 @pytest.mark.promise("G8")
 @pytest.mark.parametrize(
-    ("outcome", "said"),
+    ("states", "reached", "said"),
     [
-        (Cancelled("tool"), "told"),
-        (Cancelled("tool", ("c1",)), "not_confirmed"),
-        (Cancelled("worker"), "nothing_was_running"),
+        ([CallStop.STOPPED], "tool", "stopped"),
+        ([CallStop.TOLD], "tool", "not_confirmed"),
+        ([CallStop.NOT_TOLD], "worker", "not_confirmed"),
+        ([CallStop.STOPPED, CallStop.NOT_TOLD], "tool", "not_confirmed"),
+        ([CallStop.ENDED, CallStop.STOPPED], "tool", "stopped"),
+        ([CallStop.ENDED, CallStop.NOT_SENT], "worker", "nothing_was_running"),
     ],
 )
-def test_whether_the_tool_has_stopped_is_said_never_assumed(outcome: Cancelled, said: str) -> None:
+def test_whether_the_tool_has_stopped_is_said_never_assumed(states: list[CallStop], reached: str, said: str) -> None:
+    outcome = Cancelled(tuple(stopped(state, f"c{n}") for n, state in enumerate(states, 1)))
     data = transitions.cancelled(outcome).event.data
-    assert data["tool_stopped"] == said
-    assert data["still_running"] == list(outcome.still_running)
+    assert (data["reached"], data["tool_stopped"]) == (reached, said)
+    assert [call["state"] for call in data["calls"]] == states
+    doubtful = (CallStop.TOLD, CallStop.NOT_TOLD)
+    assert data["still_running"] == [f"c{n}" for n, state in enumerate(states, 1) if state in doubtful]

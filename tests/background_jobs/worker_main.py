@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ class Ledger:
 
 
 def tools(ledger: Ledger) -> LocalToolRunner:
-    """`note` writes two lines, `hold` waits for a file in between, `die` kills the process in between."""
+    """`note` writes two lines, `hold` waits for a file in between, `block` the same without ever awaiting, `die` kills
+    the process in between."""
 
     async def note(args: dict[str, Any], context: CallContext) -> str:
         ledger.write("begin", context)
@@ -53,12 +55,20 @@ def tools(ledger: Ledger) -> LocalToolRunner:
         ledger.write("end", context)
         return "held"
 
+    async def block(args: dict[str, Any], context: CallContext) -> str:
+        ledger.write("begin", context)
+        until = Path(args["until"])
+        while not until.exists():
+            time.sleep(POLL_S)
+        ledger.write("end", context)
+        return "blocked"
+
     async def die(args: dict[str, Any], context: CallContext) -> str:
         ledger.write("begin", context)
         os.kill(os.getpid(), signal.SIGKILL)
         return "never"
 
-    named = {function.__name__: function for function in (note, hold, die)}
+    named = {function.__name__: function for function in (note, hold, block, die)}
     once = {f"once_{name}": function for name, function in named.items()}
     return LocalToolRunner(
         {

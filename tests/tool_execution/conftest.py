@@ -21,7 +21,9 @@ from tests.tool_execution.harness import (
     peer,
     stdio_toolbox,
 )
+from toolfleet.services.background_jobs.redis_functions import RedisFunctions
 from toolfleet.services.discovery.models import McpServer
+from toolfleet.services.tool_execution.catalogue_store import SharedStore
 from toolfleet.services.tool_execution.mcp_runner import McpTools, mcp_tools
 
 OpenTools = Callable[..., Awaitable[McpTools]]
@@ -47,7 +49,10 @@ async def open_tools(make_settings: SettingsFactory, no_process_left: None) -> A
     async with AsyncExitStack() as stack:
 
         async def make(
-            *servers: McpServer, registry: ListRegistry | None = None, redis: Redis | None = None, **overrides: object
+            *servers: McpServer,
+            registry: ListRegistry | None = None,
+            redis: SharedStore | None = None,
+            **overrides: object,
         ) -> McpTools:
             settings = make_settings(**overrides)
             return await stack.enter_async_context(mcp_tools(registry or ListRegistry(*servers), redis, settings))
@@ -92,3 +97,11 @@ async def call(toolbox: McpServer, open_tools: OpenTools) -> Caller:
 async def redis(redis_url: str) -> AsyncIterator[Redis]:
     async with Redis.from_url(redis_url) as client:
         yield client
+
+
+@pytest.fixture
+async def shared(redis: Redis) -> AsyncIterator[RedisFunctions]:
+    """The way to Redis that a process's catalogue takes."""
+    functions = RedisFunctions(redis, timeout_s=5)
+    yield functions
+    await functions.close()

@@ -15,6 +15,7 @@ from typing import Any
 from tests.support.waiting import wait_until
 from toolfleet.services.background_jobs.ports import CallContext, ToolSpec
 from toolfleet.services.background_jobs.task_models import ToolCall, ToolResult
+from toolfleet.services.background_jobs.transitions import CallStop
 from toolfleet.services.discovery.models import DiscoveryError, McpServer
 from toolfleet.services.tool_execution.mcp_runner import McpTools
 
@@ -134,6 +135,8 @@ class Caller:
 
     tools: McpTools
     progress: list[Progress] = field(default_factory=list)
+    stops: list[CallStop] = field(default_factory=list)
+    """How far cancels got."""
 
     async def __call__(self, tool: str, timeout: float = 30, attempt: int = 1, **arguments: Any) -> ToolResult:
         """Describe and run.
@@ -153,6 +156,7 @@ class Caller:
             idempotency_key=f"{JOB}:call_1",
             timeout_s=timeout,
             on_progress=lambda *progress: self.progress.append(progress),
+            on_stop=self.stops.append,
         )
         return await self.tools.runner.run(spec, call, context)
 

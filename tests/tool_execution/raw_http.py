@@ -64,8 +64,8 @@ async def _read_request(reader: asyncio.StreamReader) -> tuple[dict[str, str], b
 
 
 @asynccontextmanager
-async def raw_server(answer: Answer) -> AsyncIterator[RawServer]:
-    """Serves until the context is left; every `tools/call` goes to `answer`."""
+async def raw_server(answer: Answer, port: int = 0) -> AsyncIterator[RawServer]:
+    """Serves until the context is left; every `tools/call` goes to `answer`. Port 0 takes a free one."""
     state = RawServer()
     open_writers: set[asyncio.StreamWriter] = set()
 
@@ -89,7 +89,7 @@ async def raw_server(answer: Answer) -> AsyncIterator[RawServer]:
             open_writers.discard(writer)
             writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    server = await asyncio.start_server(serve, "127.0.0.1", port)
     state.port = server.sockets[0].getsockname()[1]
     try:
         yield state

@@ -80,9 +80,10 @@ async def nats_varz(url: str, timeout: float) -> Mapping[str, Any] | None:
     import httpx  # late: most processes have no monitoring URL, and a worker without one needs no HTTP client
 
     try:
-        async with httpx.AsyncClient(timeout=timeout, trust_env=False) as client:
+        # httpx bounds each read, not the whole answer.
+        async with asyncio.timeout(timeout), httpx.AsyncClient(timeout=timeout, trust_env=False) as client:
             answer = (await client.get(f"{url.rstrip('/')}/varz")).raise_for_status().json()
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, ValueError) as error:
         log.warning("nats.monitoring_failed", error=str(error) or type(error).__name__)
         return None
     return answer if isinstance(answer, dict) else None

@@ -13,19 +13,22 @@
     ├── NewerTask                   a task of a version this program does not know
     ├── JobNotFound
     │   └── JobExpired
+    ├── DeadLetterNotFound
     ├── IllegalMove                 the job's status does not allow what was asked
     ├── QueueError
     │   ├── QueueUnavailable        JetStream can't be reached; `maybe_stored` tells whether a publish may stand
     │   ├── QueueFull               the stream is at its limit
     │   └── StreamMismatch          a stream of that name exists with other settings
     ├── StoreError
-    │   └── StoreUnavailable        Redis can't be reached, or did not answer in time
+    │   └── StoreUnavailable        Redis does not serve: it says 'not now', or nothing at all
+    │       └── StoreSilent         it can't be reached, or did not answer in time
     ├── LeaseLost                   the attempt's fence or lease is no longer current
     └── ToolFailure                 a call that gave no result; `code` says why, `sent` whether the tool saw it
         ├── ToolUnavailable         the call was surely not sent
         ├── ToolConnectionLost      sent, and then the connection broke
         ├── ToolTimedOut            sent, and no answer in time
         ├── ToolServerFailed        the server answered that it failed itself
+        │   └── ToolAnswerUnclear   what came as an answer does not say whether the tool ran
         ├── ToolRejected            the server refused the name or the arguments
         └── ResultTooLarge          an answer came and was above the limit
 """
@@ -83,6 +86,10 @@ class JobExpired(JobNotFound):
     """The job ended and its result is no longer kept."""
 
 
+class DeadLetterNotFound(ToolfleetError):
+    """There is no such dead letter."""
+
+
 class IllegalMove(ToolfleetError):
     """The job's status does not allow this."""
 
@@ -113,6 +120,10 @@ class StoreError(ToolfleetError):
 
 
 class StoreUnavailable(StoreError):
+    """Redis does not serve at present."""
+
+
+class StoreSilent(StoreUnavailable):
     """Redis can't be reached or did not answer in time."""
 
 
@@ -160,6 +171,12 @@ class ToolServerFailed(ToolFailure):
     code = "server_error"
     answered = True
     repeat = True
+
+
+class ToolAnswerUnclear(ToolServerFailed):
+    """What came as the server's answer does not say whether the tool has run."""
+
+    answered = False
 
 
 class ToolRejected(ToolFailure):

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import structlog
 
+from toolfleet.services.background_jobs.admission import Admission
 from toolfleet.services.background_jobs.errors import (
     IdempotencyConflict,
+    InvalidTask,
     QueueFull,
     QueueUnavailable,
     StoreUnavailable,
     ToolfleetError,
 )
 from toolfleet.services.background_jobs.job_request import NewJob, make_task
-from toolfleet.services.background_jobs.ports import Granted, JobQueue, JobStore, ToolCatalogue, ToolSpec
+from toolfleet.services.background_jobs.ports import Granted, JobStore, ToolCatalogue, ToolSpec
+from toolfleet.services.background_jobs.queue_ports import JobQueue
 from toolfleet.services.background_jobs.sync_runs import SyncRunner
 from toolfleet.services.background_jobs.task_models import (
     ErrorInfo,
     JobRecord,
+    Millis,
     TaskDefinition,
     ToolCall,
     ToolResult,
@@ -86,6 +91,8 @@ class Submitter:
         check_arguments: ArgumentCheck,
         sync_runs: SyncRunner | None,
         limits: Limits,
+        admission: Admission,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._queue = queue
@@ -93,6 +100,8 @@ class Submitter:
         self._check_arguments = check_arguments
         self._sync = sync_runs
         self._limits = limits
+        self._admission = admission
+        self._clock = clock
 
     async def submit(self, new: NewJob, *, tenant: str, idempotency_key: str | None, known_key: bool) -> Submission:
         """Accept a job: published and acked by the stream, or run synchronously.
@@ -105,7 +114,7 @@ class Submitter:
 
         Raises:
             InvalidTask: refused, nothing was queued; its subclasses say why.
-            QueueFull: the stream is at its limit.
+            QueueFull: the job's tier or the stream is at its limit, and there is no such job yet.
             QueueUnavailable: no ack; `maybe_stored` says whether the job may have been accepted.
             ToolUnavailable: the tools can't be checked, since no tool server was ever reached.
         """
@@ -113,10 +122,13 @@ class Submitter:
         task = self._task(new, job_id, tenant)
         if idempotency_key and known_key and (standing := await self._standing(task)):
             return standing
+        _check_expiry(task, int(self._clock() * 1000))
         await self._check(task.tools)
         if new.mode == "sync":
             return await self._run_now(task, None, never_published=True)
         try:
+            if (found := await self._admitted(task, may_stand=bool(idempotency_key) and known_key)) is not None:
+                return await self._enqueue(_same(task, found), created=False)
             published = await self._queue.publish(task)
         except QueueUnavailable as error:
             error.details["job_id"] = job_id
@@ -162,6 +174,23 @@ class Submitter:
             return None
         return Submission(_same(task, record.task), record, created=False)
 
+    async def _admitted(self, task: TaskDefinition, *, may_stand: bool) -> TaskDefinition | None:
+        """None where the queue has room. Where it has none, the same job that is in it already.
+
+        Raises:
+            QueueFull: neither.
+        """
+        try:
+            await self._admission.check(task)
+        except QueueFull as error:
+            error.details["job_id"] = task.job_id
+            # It may have been accepted while the store was down: its record is made later.
+            found = await self._queue.find(task.job_id) if may_stand else None
+            if found is None:
+                raise
+            return found
+        return None
+
     async def _enqueue(self, task: TaskDefinition, *, created: bool) -> Submission:
         """The record of a published task. The publish ack is the promise, so a store that is down changes nothing."""
         try:
@@ -179,7 +208,7 @@ class Submitter:
         if record is not None:
             return Submission(_same(task, record.task), record, created=False)
         if published == "refused":
-            raise QueueFull("the queue is full; try again later", job_id=task.job_id)
+            raise self._admission.full(task.priority, task.job_id)
         raise QueueUnavailable(
             "the stream remembers this job but neither holds it nor is there a record; ask again with the same "
             "Idempotency-Key in two minutes",
@@ -190,7 +219,7 @@ class Submitter:
     async def _run_now(self, task: TaskDefinition, reason: str | None, *, never_published: bool) -> Submission:
         if self._sync is None:
             raise QueueUnavailable("this process runs no jobs itself; submit it in mode background", job_id=task.job_id)
-        if reason is not None and never_published and not await self._store_answers():
+        if reason is not None and never_published and not await self._store_answers(task.job_id):
             # Neither a message nor a claim can stand anywhere: nobody else can run it.
             results, failure = await self._sync.run_unrecorded(task)
             return Submission(task, None, True, ran=True, fallback_reason=reason, results=results, error=failure)
@@ -210,12 +239,20 @@ class Submitter:
         ran = isinstance(answer, Granted) and record is not None and record.status.terminal
         return Submission(task, record, isinstance(answer, Granted), ran=ran, fallback_reason=reason)
 
-    async def _store_answers(self) -> bool:
+    async def _store_answers(self, job_id: str) -> bool:
         try:
-            await self._store.ping()
+            # Not a ping, which would ask a store that is known to be silent once more, and make every caller wait.
+            await self._store.get(job_id)
         except StoreUnavailable:
             return False
         return True
+
+
+def _check_expiry(task: TaskDefinition, now: Millis) -> None:
+    """Raises `InvalidTask` where the job could never start. Only of a new job: one that stands may have ended since."""
+    if task.expires_at is not None and task.expires_at <= now + task.delay_ms:
+        when = "before the delay is over" if task.expires_at > now else "over already"
+        raise InvalidTask(f"expires_at is {when}, so the job could never start", path="$.expires_at")
 
 
 def _same(asked: TaskDefinition, standing: TaskDefinition) -> TaskDefinition:

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from ulid import ULID
 
 from toolfleet.services.background_jobs.errors import MalformedTask, NewerTask
@@ -175,13 +175,21 @@ def _version_of(data: bytes | str) -> int:
     return version if isinstance(version, int) else 0
 
 
+MAX_ERROR: Final = 2000
+"""Characters of an error message that are kept: some of its words are a tool's own."""
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_ERROR else f"{text[: MAX_ERROR - 1]}…"
+
+
 class ErrorInfo(_Frozen):
     """Why a call or a job failed."""
 
     code: str
     """One word for programs: `timeout`, `tool_error`, `too_many_starts`, …"""
-    message: str
-    """One sentence for people: what happened, to which part, what to do."""
+    message: Annotated[str, AfterValidator(_shortened)]
+    """One sentence for people: what happened, to which part, what to do; of a longer text the beginning."""
     tool_call_id: str | None = None
 
 
@@ -246,6 +254,17 @@ class Gap(_Frozen):
     """The first id that is still there."""
 
 
+class CallDecision(_Frozen):
+    """A person's word on a call whose outcome was not known."""
+
+    tool_call_id: str
+    decision: Literal["rerun", "completed", "failed"]
+    by: str = ""
+    """Who, as the client said; empty where it did not."""
+    note: str = ""
+    decided_at_ms: Millis = 0
+
+
 class JobRecord(_Frozen):
     """A job as the store keeps it."""
 
@@ -272,6 +291,8 @@ class JobRecord(_Frozen):
     message: str | None = None
     undecided: tuple[str, ...] = ()
     """Calls whose outcome is not known and that nobody has decided yet."""
+    decisions: tuple[CallDecision, ...] = ()
+    """What was decided since the job became unknown; with the last decision they move into the log."""
     last_event: int = 0
 
 

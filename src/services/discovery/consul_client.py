@@ -6,6 +6,7 @@ refuses together, and has no time-out; its own blocking one would need a thread 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,11 +30,17 @@ class _HttpxClient(base.HTTPClient):  # type: ignore[misc]  # py-consul ships no
         super().__init__(host, port, scheme)
         # Proxies and certificates of the environment are not looked at: settings are its only reader.
         self._client = httpx.AsyncClient(timeout=timeout, trust_env=False)
+        self._timeout = timeout
 
     async def _request(
         self, method: str, callback: Callback, path: str, params: Params, headers: Any, data: Any = None
     ) -> Any:
-        response = await self._client.request(method, self.uri(path, params), headers=headers, content=data)
+        try:
+            # httpx bounds each read, not the whole answer.
+            async with asyncio.timeout(self._timeout):
+                response = await self._client.request(method, self.uri(path, params), headers=headers, content=data)
+        except TimeoutError as error:
+            raise httpx.ReadTimeout(f"no whole answer within {self._timeout:g} s") from error
         return callback(base.Response(response.status_code, response.headers, response.text))
 
     async def get(
@@ -71,7 +78,7 @@ class ConsulClient(base.Consul):  # type: ignore[misc]  # py-consul ships no typ
         Args:
             address: as CONSUL_HTTP_ADDR has it, ``[http[s]://]host[:port]``.
             token: an ACL token, or None.
-            timeout: seconds until an agent that sends nothing is given up.
+            timeout: seconds for a whole answer.
 
         Raises:
             DiscoveryError: the address is not of that form.

@@ -18,6 +18,7 @@ from mcp_types import (
     INVALID_REQUEST,
     METHOD_NOT_FOUND,
     MISSING_REQUIRED_CLIENT_CAPABILITY,
+    PARSE_ERROR,
     UNSUPPORTED_PROTOCOL_VERSION,
     URL_ELICITATION_REQUIRED,
 )
@@ -26,6 +27,7 @@ from pydantic_core import to_json
 
 from toolfleet.services.background_jobs.errors import (
     ResultTooLarge,
+    ToolAnswerUnclear,
     ToolConnectionLost,
     ToolFailure,
     ToolfleetError,
@@ -37,6 +39,7 @@ from toolfleet.services.background_jobs.task_models import ErrorInfo, ToolCall, 
 from toolfleet.services.discovery.models import McpServer
 from toolfleet.services.tool_execution.exchange import (
     TOO_LARGE_CODE,
+    UNREADABLE_CODE,
     Broken,
     Exchange,
     NotSent,
@@ -49,6 +52,8 @@ _E = TypeVar("_E", bound=BaseException)
 _MAX_TEXT: Final = 500
 """Characters of a server's own words in an error message."""
 _REJECTIONS: Final = frozenset({INVALID_PARAMS, METHOD_NOT_FOUND, INVALID_REQUEST, HEADER_MISMATCH})
+_UNREADABLE: Final = frozenset({PARSE_ERROR, UNREADABLE_CODE})
+"""An answer came that could not be read: the SDK's code for it over HTTP, and our own over stdio."""
 _WANTS_INPUT: Final = frozenset({MISSING_REQUIRED_CLIENT_CAPABILITY, URL_ELICITATION_REQUIRED})
 _SSE_TOO_LARGE: Final = "SSE stream failed: Server-sent event exceeded"
 """How the SDK (2.3) reports an event above `max_sse_event_size`; it has no code of its own."""
@@ -102,6 +107,8 @@ def failure_of(where: Where, error: MCPError, exchange: Exchange) -> ToolFailure
         return _wants_input(where)
     if error.code in _REJECTIONS:
         return ToolRejected(text, jsonrpc_code=error.code)
+    if error.code in _UNREADABLE:
+        return ToolAnswerUnclear(text, jsonrpc_code=error.code)
     return ToolServerFailed(text, jsonrpc_code=error.code)
 
 
@@ -131,7 +138,7 @@ def result_of(where: Where, raw: Mapping[str, Any], call: ToolCall, *, attempt: 
 
     Raises:
         ToolRejected: the tool asks for input (elicitation, sampling), which a background job can't give.
-        ToolServerFailed: the answer is no tool result.
+        ToolAnswerUnclear: the answer is no tool result.
         ResultTooLarge: it is above the limit.
     """
     if raw.get("resultType") == "input_required":
@@ -141,7 +148,9 @@ def result_of(where: Where, raw: Mapping[str, Any], call: ToolCall, *, attempt: 
         raise where.too_large(str(size))
     content = raw.get("content") or []
     if not isinstance(content, list) or not all(isinstance(block, dict) for block in content):
-        raise ToolServerFailed(f"MCP server '{where.server}' answered '{where.name}' with something else than a result")
+        raise ToolAnswerUnclear(
+            f"MCP server '{where.server}' answered '{where.name}' with something else than a result"
+        )
     is_error = raw.get("isError") is True
     structured: JsonValue = raw.get("structuredContent")
     return ToolResult(
@@ -169,7 +178,8 @@ def _refused(where: Where, status: int, error: MCPError) -> ToolFailure | None:
     if status == 429:
         return ToolUnavailable(f"{answer} (too many requests); the call was not processed", status=status)
     if status >= 500:
-        return ToolServerFailed(f"{answer}: {_bounded(error)}", status=status)
+        # Often a gateway's word and not the tool's: whether the call went through, and how far, it does not say.
+        return ToolAnswerUnclear(f"{answer}: {_bounded(error)}", status=status)
     return None
 
 

@@ -1,4 +1,4 @@
-"""What is known of one request on the wire: whether a server may have seen it, and how it broke.
+"""What is known of one request on the wire: whether a server may have seen it, how it broke, how far a cancel got.
 
 The SDK reports every failure as an error with a code, and the same code for 'refused to connect' and 'broke after
 sending'. Whether a call may run again hangs on that difference, so the transports note what they see in an
@@ -8,13 +8,16 @@ sending, and no parameter of its interface reaches that far.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import anyio
+
+from toolfleet.services.tool_execution.progress_gate import ProgressGate
 
 TOO_LARGE_CODE = -32090
 """JSON-RPC error code with which a transport resolves a request whose answer was above the limit; of the range that
@@ -59,12 +62,77 @@ Fault = NotSent | Broken | Refused | Oversized
 class Exchange:
     """One request on the wire, as its transport saw it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, closing_tells: bool = False) -> None:
+        """`closing_tells`: to close the stream of the answer is how this protocol takes a request back."""
         self.sent = False
-        """Whether the server may have seen the request."""
+        """Whether the server may have seen the request. Once it is abandoned this no longer changes."""
+        self.told: bool | None = None
+        """Whether the server has been told that the request is taken back; None while that is not known."""
+        self.over = False
+        """Whether the server is surely done with the request: it gave the result, closed the stream of the answer, or
+        ended. An error is not taken for that: widely used servers answer a cancel with it before their tool stops."""
+        self.silent = False
+        """Whether nothing can be heard of the request any more."""
         self.fault: Fault | None = None
+        self.progress: ProgressGate | None = None
+        """Where the progress of a call goes; None for requests that have none."""
+        self.token: int | None = None
+        """The progress token of a call over HTTP, which is its JSON-RPC id, once it has been sent."""
+        self._closing_tells = closing_tells
+        self._news = asyncio.Event()
         self._abandoned = False
         self._scope: anyio.CancelScope | None = None
+
+    def asks(self) -> None:
+        """A request is about to be sent, perhaps another one than before.
+
+        Raises:
+            OSError: it was taken back; nothing may be sent any more.
+        """
+        if self._abandoned:
+            raise OSError("the request was taken back before it was sent")
+        self.sent, self.told, self.over, self.silent = True, None, False, False
+
+    def server_told(self, told: bool) -> None:
+        """The server has taken word of the cancel, or can't be told."""
+        self.told = told
+        self._news.set()
+
+    def server_done(self) -> None:
+        """The server does nothing more for the request."""
+        self.over = True
+        self._news.set()
+
+    def answered(self, *, result: bool) -> None:
+        """The server has answered, with a result or with an error."""
+        self.silent = True
+        if result:
+            self.over = True
+        self._news.set()
+
+    def closed(self) -> None:
+        """We have closed the stream of the answer."""
+        self.silent = True
+        if self._closing_tells and self.sent and not self.over:
+            self.told = True
+        self._news.set()
+
+    async def until_told(self, seconds: float) -> None:
+        """Wait until it is known whether the server was told, or is done."""
+        await self._until(lambda: self.told is not None or self.over, seconds)
+
+    async def until_over(self, seconds: float) -> None:
+        """Wait until the server is done with the request, where that can be heard of."""
+        await self._until(lambda: self.over or self.silent, seconds)
+
+    async def _until(self, known: Callable[[], bool], seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                while not known():
+                    self._news.clear()
+                    await self._news.wait()
+        except TimeoutError:
+            return
 
     @property
     def abandoned(self) -> bool:
@@ -92,7 +160,7 @@ class Exchange:
     async def trace(self, name: str, _info: dict[str, Any]) -> None:
         """httpcore's `trace` extension: the one place that tells when the first byte of a request is written."""
         if name.endswith(".send_request_headers.started"):
-            self.sent = True
+            self.asks()
 
 
 _current: ContextVar[Exchange | None] = ContextVar("toolfleet_mcp_exchange", default=None)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Final
@@ -26,6 +27,8 @@ from toolfleet.services.tool_execution.exchange import (
     Refused,
     current_exchange,
 )
+from toolfleet.services.tool_execution.progress_gate import Pace
+from toolfleet.services.tool_execution.sse_filter import SseFilter
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +41,13 @@ _IDLE_S: Final = 30.0
 _WRITE_S: Final = 30.0
 _ERROR_BODY: Final = 64 << 10
 """Bytes read of an error response: a JSON-RPC error is far smaller."""
+_CHUNK_CPU_S: Final = 50e-6
+"""CPU time that a piece of a response takes from the socket to here, most of it in the parsing of HTTP chunks; servers
+send an event in a chunk of its own."""
+_CALL_ID: Final = re.compile(rb'\{"jsonrpc":"2\.0","id":(\d{1,15}),"method":"tools/call"')
+"""A call as the SDK writes it; its id is its progress token."""
+_ERROR: Final = b'"error":'
+"""Of a JSON-RPC error, or a word of the tool's; in doubt it is the former."""
 _NO_ANSWER: Final = 599
 """Status with which a request is answered in place of a server that did not; never sent over a wire."""
 
@@ -98,12 +108,18 @@ class ContainedTransport(httpx2.AsyncBaseTransport):
     async def _send(self, request: httpx2.Request, exchange: Exchange) -> httpx2.Response:
         """A request whose answer somebody waits for."""
         exchange.fault = None
+        if (call := _CALL_ID.match(request.content)) is not None:
+            exchange.token = int(call.group(1))
         request.extensions = {**request.extensions, "trace": exchange.trace}
         response: httpx2.Response | None = None
         with exchange.waiting():
             try:
                 response = await self._calls.handle_async_request(request)
                 return await self._received(response, exchange)
+            except asyncio.CancelledError:
+                if not exchange.abandoned:
+                    exchange.closed()
+                raise
             except (httpx2.TransportError, OSError) as error:
                 reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
                 exchange.fault = Broken(reason) if exchange.sent else NotSent(reason)
@@ -124,6 +140,7 @@ class ContainedTransport(httpx2.AsyncBaseTransport):
                 extensions=response.extensions,
             )
         body = await _read(response, _ERROR_BODY if failed else self._max_body)
+        exchange.answered(result=not failed and not (body and _ERROR in body))
         if body is None and not failed:
             exchange.fault = Oversized(self._max_body)
             return httpx2.Response(_NO_ANSWER)
@@ -133,13 +150,15 @@ class ContainedTransport(httpx2.AsyncBaseTransport):
         """A notification: nobody waits for its answer, and a cancel must not hold up the writes behind it."""
         if method != "notifications/cancelled":
             return await self._bounded(request)
-        task = asyncio.create_task(self._tell(request), name="mcp-tell-cancelled")
+        task = asyncio.create_task(self._tell(request, current_exchange()), name="mcp-tell-cancelled")
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)
         return httpx2.Response(202)
 
-    async def _tell(self, request: httpx2.Request) -> None:
+    async def _tell(self, request: httpx2.Request, exchange: Exchange | None) -> None:
         response = await self._bounded(request)
+        if exchange is not None:
+            exchange.server_told(response.status_code < 400)
         if response.status_code >= 400:
             _log.warning("an MCP server could not be told of a cancelled call (status %d)", response.status_code)
 
@@ -167,6 +186,14 @@ class _WatchedStream(httpx2.AsyncByteStream):
     def __init__(self, response: httpx2.Response, exchange: Exchange) -> None:
         self._response = response
         self._exchange = exchange
+        self._proves = True
+        """Whether the end of this stream is the end of the tool: not where an event had an id, since then the answer
+        may come on another one, nor where an error came, see `Exchange.over`. In doubt it is not."""
+        self._ended = False
+        self._filter: SseFilter | None = None
+        if exchange.progress is not None and exchange.token is not None:
+            self._filter = SseFilter(exchange.progress, exchange.token)
+        self._pace = Pace()
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         chunks = aiter(self._response.stream)  # type: ignore[arg-type]  # an async transport gives an async stream
@@ -174,19 +201,42 @@ class _WatchedStream(httpx2.AsyncByteStream):
             chunk: bytes | None = None
             with self._exchange.waiting() as scope:
                 try:
-                    chunk = await anext(chunks, None)
+                    chunk = await self._next(chunks)
                 except (httpx2.TransportError, OSError) as error:
                     self._exchange.fault = Broken(f"{type(error).__name__}: {error}")
                     raise
             if chunk is None:
                 if scope.cancelled_caught:
                     raise httpx2.ReadError("nobody waits for this answer any more")
+                self._ended = True
+                self._exchange.answered(result=self._proves)
+                if self._filter is not None and (rest := self._filter.rest()):
+                    yield rest
                 return
             yield chunk
 
+    async def _next(self, chunks: AsyncIterator[bytes]) -> bytes | None:
+        """What the SDK is to see next; None at the end. Read slowly while it is a flood: the server then blocks."""
+        while (chunk := await anext(chunks, None)) is not None:
+            self._proves = self._proves and b"id:" not in chunk and _ERROR not in chunk
+            if self._filter is None:
+                return chunk
+            passed = self._filter.feed(chunk)
+            if self._filter.flooding:
+                self._pace.spent(_CHUNK_CPU_S)
+                if (rest := self._pace.rest()) > 0:
+                    await asyncio.sleep(rest)
+            if passed:
+                return passed
+        return None
+
     async def aclose(self) -> None:
         """Close the connection, or give it back where the stream was read to its end."""
-        await self._response.aclose()
+        try:
+            await self._response.aclose()
+        finally:
+            if not self._ended and not self._exchange.abandoned:
+                self._exchange.closed()
 
 
 def _limits(connections: int) -> httpx2.Limits:

@@ -20,6 +20,7 @@ from toolfleet.services.background_jobs.errors import (
 )
 from toolfleet.services.background_jobs.ports import CallContext, ToolSpec
 from toolfleet.services.background_jobs.task_models import ToolCall, ToolResult
+from toolfleet.services.background_jobs.transitions import CallStop
 
 LocalAnswer = ToolResult | dict[str, Any] | str
 LocalTool = Callable[[dict[str, Any], CallContext], Awaitable[LocalAnswer]]
@@ -80,6 +81,9 @@ class LocalToolRunner:
             async with bound:
                 answer = await function(dict(call.tool_args), context)
         except ToolFailure:
+            raise
+        except asyncio.CancelledError:
+            context.on_stop(CallStop.STOPPED)  # its last line has run
             raise
         except TimeoutError as error:
             if bound.expired():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -31,15 +31,17 @@ from mcp_types.version import LATEST_MODERN_VERSION, MODERN_PROTOCOL_VERSIONS
 from pydantic import RootModel, ValidationError
 
 from toolfleet.services.background_jobs.errors import (
-    ToolServerFailed,
+    ToolAnswerUnclear,
     ToolTimedOut,
     ToolUnavailable,
 )
 from toolfleet.services.background_jobs.ports import ProgressSink
+from toolfleet.services.background_jobs.transitions import CallStop
 from toolfleet.services.discovery.models import McpServer
 from toolfleet.services.tool_execution.call_outcome import Where, failure_of, named, not_opened
 from toolfleet.services.tool_execution.exchange import Exchange, use_exchange
 from toolfleet.services.tool_execution.http_transport import open_http
+from toolfleet.services.tool_execution.progress_gate import ProgressGate
 from toolfleet.services.tool_execution.request_tasks import RequestTasks
 from toolfleet.services.tool_execution.stdio_transport import stdio_transport
 
@@ -206,16 +208,18 @@ class McpSession:
 
     async def call(
         self, tool: str, arguments: Mapping[str, Any], *, meta: Mapping[str, Any], on_progress: ProgressSink,
-        timeout: float,
+        timeout: float, on_stop: Callable[[CallStop], None] = lambda _: None,
     ) -> Mapping[str, Any]:  # fmt: skip
-        """Call a tool; the result object as it came.
+        """Call a tool; the result object as it came. Where the caller is cancelled, `on_stop` is told how far it got.
 
         Raises:
             ToolFailure: one of its subclasses. `SessionGone` where another session can take the call.
         """
         where = Where(self.server.name, tool, self._limits.max_result_bytes)
-        exchange = Exchange()
+        exchange = Exchange(closing_tells=self.modern and self.server.url is not None)
+        exchange.progress = ProgressGate(on_progress)
 
+        # For the notifications that the transport did not recognise.
         async def tell(progress: float, total: float | None, message: str | None) -> None:
             on_progress(progress, total, message)
 
@@ -238,7 +242,8 @@ class McpSession:
             return answer.root
 
         try:
-            return await self._requests.run(attempt(), exchange, timeout)
+            with exchange.progress:
+                return await self._requests.run(attempt(), exchange, timeout, on_stop)
         except TimeoutError:
             if not exchange.sent:
                 raise ToolUnavailable(
@@ -251,7 +256,7 @@ class McpSession:
         except MCPError as error:
             raise failure_of(where, error, exchange) from error
         except ValidationError as error:
-            raise ToolServerFailed(_not_a_result(where, error)) from None
+            raise ToolAnswerUnclear(_not_a_result(where, error)) from None
 
     async def list_tools(self) -> list[dict[str, Any]]:
         """All tools of the server, page by page, in the protocol's own form.
@@ -269,7 +274,7 @@ class McpSession:
         except MCPError as error:
             raise failure_of(where, error, exchange) from error
         except ValidationError as error:
-            raise ToolServerFailed(_not_a_result(where, error)) from None
+            raise ToolAnswerUnclear(_not_a_result(where, error)) from None
 
     async def alive(self) -> bool:
         """Whether the server still answers anything at all, within a bound."""

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Final, TypeVar
 
+from toolfleet.services.background_jobs.transitions import CallStop
 from toolfleet.services.tool_execution.exchange import Exchange, use_exchange
 
 _T = TypeVar("_T")
 
-_TELL_S: Final = 2.0
-"""The bound of telling a server that a request is taken back."""
+_TELL_S: Final = 0.5
+"""For telling a server that a request is taken back. Over HTTP it goes on beside this for a while."""
+_SHOW_S: Final = 0.1
+"""After that, for the server to show that it has stopped. Many never do, and the protocol does not ask it of them; with
+`_TELL_S` it stays below the time in which an attempt has to know (`attempt.CANCEL_GRACE_S`)."""
 
 
 class RequestTasks:
@@ -25,8 +29,15 @@ class RequestTasks:
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    async def run(self, request: Coroutine[Any, Any, _T], exchange: Exchange, timeout: float) -> _T:
-        """Run a request; take it back on time-out (seconds) and on cancellation, telling the server.
+    async def run(
+        self,
+        request: Coroutine[Any, Any, _T],
+        exchange: Exchange,
+        timeout: float,
+        on_stop: Callable[[CallStop], None] = lambda _: None,
+    ) -> _T:
+        """Run a request; take it back on time-out (seconds) and on cancellation, telling the server, and where it was
+        cancelled telling `on_stop` how far that got.
 
         Raises:
             TimeoutError: no answer in time; what the request raises.
@@ -41,9 +52,18 @@ class RequestTasks:
             if task.done():
                 return task.result()
         except asyncio.CancelledError:
-            await _take_back(task, exchange)
+            try:
+                await _take_back(task, exchange)
+                if exchange.told:
+                    await exchange.until_over(_SHOW_S)
+            finally:
+                exchange.abandon()
+                on_stop(_how_far(task, exchange))
             raise
-        await _take_back(task, exchange)
+        try:
+            await _take_back(task, exchange)
+        finally:
+            exchange.abandon()
         if task.done() and not task.cancelled():
             return task.result()  # the answer came while the request was being taken back
         raise TimeoutError
@@ -60,9 +80,20 @@ class RequestTasks:
 
 
 async def _take_back(task: asyncio.Task[Any], exchange: Exchange) -> None:
+    """A server that does not even take the cancel must not hold the worker's slot."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + _TELL_S
     task.cancel()
-    try:
-        # A server that does not even take the cancel must not hold the worker's slot.
-        await asyncio.wait({task}, timeout=_TELL_S)
-    finally:
-        exchange.abandon()
+    await asyncio.wait({task}, timeout=_TELL_S)
+    if exchange.sent:
+        await exchange.until_told(max(0.0, until - loop.time()))
+
+
+def _how_far(task: asyncio.Task[Any], exchange: Exchange) -> CallStop:
+    """Of an exchange that is abandoned, so that what was not sent never will be."""
+    if not exchange.sent:
+        return CallStop.NOT_SENT
+    answered = task.done() and not task.cancelled() and task.exception() is None
+    if answered or exchange.over:
+        return CallStop.STOPPED
+    return CallStop.TOLD if exchange.told else CallStop.NOT_TOLD

@@ -16,17 +16,26 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
+from weakref import WeakValueDictionary
 
 import anyio
 from mcp.client.stdio import get_default_environment
 from mcp.shared.message import SessionMessage
-from mcp_types import ErrorData, JSONRPCError, JSONRPCRequest, jsonrpc_message_adapter
+from mcp_types import (
+    ErrorData,
+    JSONRPCError,
+    JSONRPCNotification,
+    JSONRPCRequest,
+    JSONRPCResponse,
+    jsonrpc_message_adapter,
+)
 
 from toolfleet.services.background_jobs.errors import ToolUnavailable
 from toolfleet.services.discovery.models import McpServer
@@ -35,9 +44,12 @@ from toolfleet.services.tool_execution.exchange import (
     NO_PROBE_ANSWER_CODE,
     TOO_LARGE_CODE,
     UNREADABLE_CODE,
+    Exchange,
     current_exchange,
 )
+from toolfleet.services.tool_execution.progress_gate import Pace, ProgressGate, is_log_message, progress_token
 from toolfleet.services.tool_execution.stdio_lines import LineSplitter, TooLong, answered_id
+from toolfleet.services.tool_execution.stdio_pipe import StdoutPipe
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +64,9 @@ _LOG_LINES: Final = 50
 """Lines of stderr in the log within `_LOG_WINDOW_S`; a chatty server must not fill the disk."""
 _LOG_WINDOW_S: Final = 10.0
 _PROBE: Final = "server/discover"
+
+_Asked = WeakValueDictionary[int | str | None, Exchange]
+"""What was asked, by request id. Weak: what nobody waits for any more may never be answered."""
 
 
 @dataclass(slots=True)
@@ -80,24 +95,30 @@ async def stdio_transport(
     Raises:
         ToolUnavailable: the command does not exist, or the process could not be started.
     """
-    process, lifeline = await _start(server)
+    process, stdout, lifeline = await _start(server)
     assert process.stdin is not None
-    assert process.stdout is not None
     assert process.stderr is not None
     errors = asyncio.create_task(_log_stderr(server.name, process.stderr), name=f"mcp-stderr-{server.name}")
     probe = _Probe(asyncio.get_running_loop().time() + probe_timeout)
+    gates: dict[int | str, ProgressGate] = {}
+    asked: _Asked = WeakValueDictionary()
+    ending = asyncio.create_task(_tell_end(process, asked), name=f"mcp-end-{server.name}")
     try:
-        yield _Reader(server.name, process.stdout, max_line, on_end, probe), _Writer(process.stdin, probe)
+        yield (
+            _Reader(server.name, stdout, max_line, on_end, probe, gates, asked),
+            _Writer(process.stdin, probe, gates, asked),
+        )
     finally:
         # Bounded by its own time-outs, and must run to its end: what is cut short here stays as a process.
         with anyio.CancelScope(shield=True):
-            await _stop(server.name, process, lifeline)
+            await _stop(server.name, process, stdout, lifeline)
             errors.cancel()
-            await asyncio.wait({errors})
+            ending.cancel()
+            await asyncio.wait({errors, ending})
 
 
-async def _start(server: McpServer) -> tuple[asyncio.subprocess.Process, int]:
-    """The launcher's process and the descriptor that keeps it alive."""
+async def _start(server: McpServer) -> tuple[asyncio.subprocess.Process, StdoutPipe, int]:
+    """The launcher's process, the server's stdout, and the descriptor that keeps them alive."""
     assert server.command is not None
     environment = get_default_environment() | dict(server.env)
     directory = Path(server.cwd or ".")
@@ -113,14 +134,17 @@ async def _start(server: McpServer) -> tuple[asyncio.subprocess.Process, int]:
             "full path in the server's configuration"
         )
     end, lifeline = os.pipe()
+    stdout = StdoutPipe()
     try:
+        await stdout.open()
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-I", "-S", stdio_launcher.__file__, str(end), "--", server.command, *server.args,
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+            stdin=asyncio.subprocess.PIPE, stdout=stdout.child_end, stderr=asyncio.subprocess.PIPE,
             env=environment, cwd=server.cwd, pass_fds=(end,), start_new_session=True,
         )  # fmt: skip
     except BaseException as error:
         os.close(lifeline)  # which ends the launcher too, should it have started
+        stdout.close()
         if not isinstance(error, OSError):
             raise
         raise ToolUnavailable(
@@ -128,15 +152,15 @@ async def _start(server: McpServer) -> tuple[asyncio.subprocess.Process, int]:
         ) from error
     finally:
         os.close(end)
-    return process, lifeline
+        stdout.release_child_end()
+    return process, stdout, lifeline
 
 
-async def _stop(name: str, process: asyncio.subprocess.Process, lifeline: int) -> None:
+async def _stop(name: str, process: asyncio.subprocess.Process, stdout: StdoutPipe, lifeline: int) -> None:
     assert process.stdin is not None
-    assert process.stdout is not None
     process.stdin.close()
-    # Read on: a server that is stuck writing can't exit, and asyncio sees the exit only after the pipe's end.
-    rest = asyncio.create_task(_discard(process.stdout), name=f"mcp-drain-{name}")
+    # Read on: a server that is stuck writing can't exit.
+    rest = asyncio.create_task(_discard(stdout), name=f"mcp-drain-{name}")
     if not await _exited(process, _EXIT_S):
         _log.info("MCP server %s does not exit by itself; terminating its process group", name)
     os.close(lifeline)
@@ -147,6 +171,14 @@ async def _stop(name: str, process: asyncio.subprocess.Process, lifeline: int) -
         await _exited(process, _EXIT_S)
     rest.cancel()
     await asyncio.wait({rest})
+    stdout.close()
+
+
+async def _tell_end(process: asyncio.subprocess.Process, asked: _Asked) -> None:
+    # The launcher ends after the server and all that it started.
+    await process.wait()
+    for exchange in list(asked.values()):
+        exchange.server_done()
 
 
 async def _exited(process: asyncio.subprocess.Process, timeout: float) -> bool:
@@ -156,8 +188,8 @@ async def _exited(process: asyncio.subprocess.Process, timeout: float) -> bool:
     return process.returncode is not None
 
 
-async def _discard(stream: asyncio.StreamReader) -> None:
-    while await stream.read(_CHUNK):
+async def _discard(stdout: StdoutPipe) -> None:
+    while await stdout.read():
         pass
 
 
@@ -165,7 +197,14 @@ class _Reader:
     """The SDK's read stream over the server's stdout."""
 
     def __init__(
-        self, name: str, stdout: asyncio.StreamReader, max_line: int, on_end: Callable[[], None], probe: _Probe
+        self,
+        name: str,
+        stdout: StdoutPipe,
+        max_line: int,
+        on_end: Callable[[], None],
+        probe: _Probe,
+        gates: Mapping[int | str, ProgressGate],
+        asked: _Asked,
     ) -> None:
         self._name = name
         self._stdout = stdout
@@ -174,6 +213,9 @@ class _Reader:
         self._ready: deque[SessionMessage] = deque()
         self._on_end = on_end
         self._probe: _Probe | None = probe
+        self._gates = gates
+        self._asked = asked
+        self._pace = Pace()
         self._closed = False
 
     async def receive(self) -> SessionMessage | Exception:
@@ -183,25 +225,50 @@ class _Reader:
             anyio.EndOfStream: the server has closed its stdout.
         """
         while not self._ready:
+            await self._rest()
             chunk = b"" if self._closed else await self._chunk()
             if chunk is None:
                 continue
             if not chunk:
                 self._on_end()
                 raise anyio.EndOfStream
-            for line in self._lines.feed(chunk):
-                message = self._message(line)
-                if message is not None:
-                    self._ready.append(message)
+            self._read(chunk)
         return self._ready.popleft()
+
+    async def _rest(self) -> None:
+        """Leave a server alone that floods; what it has said apart from that was passed on before."""
+        if (seconds := self._pace.rest()) > 0:
+            self._stdout.pause()
+            await asyncio.sleep(seconds)
+
+    def _read(self, chunk: bytes) -> None:
+        flooding, began = 0, self._pace.clock()
+        for line in self._lines.feed(chunk):
+            if isinstance(line, bytes) and (told := self._progress(line)) is not None:
+                flooding += not told
+            elif (message := self._message(line)) is not None:
+                self._ready.append(message)
+        if flooding:
+            self._pace.spent(self._pace.clock() - began)
+
+    def _progress(self, line: bytes) -> bool | None:
+        """Of a message that is progress or a log line: whether it was told one by one. None for any other."""
+        if is_log_message(line):
+            return False
+        token = progress_token(line)
+        if token is None:
+            return None
+        gate = self._gates.get(token)
+        # What comes after its call has ended is for nobody.
+        return gate is not None and not gate.offer(line)
 
     async def _chunk(self) -> bytes | None:
         """What the server wrote; None where the time of the probe ran out first."""
         if self._probe is None:
-            return await self._stdout.read(_CHUNK)
+            return await self._stdout.read()
         try:
             async with asyncio.timeout_at(self._probe.until):
-                return await self._stdout.read(_CHUNK)
+                return await self._stdout.read()
         except TimeoutError:
             probed, self._probe = self._probe.request_id, None
             if probed is not None:
@@ -225,6 +292,8 @@ class _Reader:
             return _error(request_id, UNREADABLE_CODE, reason)
         if self._probe is not None and getattr(message, "id", None) == self._probe.request_id is not None:
             self._probe = None
+        if isinstance(message, JSONRPCResponse | JSONRPCError) and (exchange := self._asked.get(message.id)):
+            exchange.answered(result=isinstance(message, JSONRPCResponse))
         return SessionMessage(message)
 
     def _refusal(self, line: TooLong) -> SessionMessage | None:
@@ -262,9 +331,13 @@ class _Reader:
 class _Writer:
     """The SDK's write stream over the server's stdin."""
 
-    def __init__(self, stdin: asyncio.StreamWriter, probe: _Probe) -> None:
+    def __init__(
+        self, stdin: asyncio.StreamWriter, probe: _Probe, gates: dict[int | str, ProgressGate], asked: _Asked
+    ) -> None:
         self._stdin = stdin
         self._probe = probe
+        self._gates = gates
+        self._asked = asked
 
     async def send(self, item: SessionMessage) -> None:
         """Write a message whole: it is handed over before the first wait, so a cancelled sender can't cut it.
@@ -273,17 +346,32 @@ class _Writer:
             anyio.BrokenResourceError: the server does not read any more.
         """
         line = item.message.model_dump_json(by_alias=True, exclude_unset=True).encode() + b"\n"
-        if self._stdin.is_closing():
-            raise anyio.BrokenResourceError
-        if (exchange := current_exchange()) is not None:
-            exchange.sent = True
-        if isinstance(item.message, JSONRPCRequest) and item.message.method == _PROBE:
-            self._probe.request_id = item.message.id
+        told = current_exchange() if _is_cancel(item) else None
         try:
+            if self._stdin.is_closing():
+                raise BrokenPipeError
+            if isinstance(item.message, JSONRPCRequest):
+                self._note(item.message, current_exchange())
             self._stdin.write(line)
             await self._stdin.drain()
         except OSError as error:
+            if told is not None:
+                told.server_told(False)
             raise anyio.BrokenResourceError from error
+        if told is not None:
+            told.server_told(True)
+
+    def _note(self, request: JSONRPCRequest, exchange: Exchange | None) -> None:
+        if request.method == _PROBE:
+            self._probe.request_id = request.id
+        if exchange is None:
+            return
+        exchange.asks()
+        self._asked[request.id] = exchange
+        if exchange.progress is not None:
+            # The SDK takes the request's id for its progress token.
+            self._gates[request.id] = exchange.progress
+            exchange.progress.on_close(partial(self._gates.pop, request.id, None))
 
     async def aclose(self) -> None:
         """Tell the server that nothing more comes."""
@@ -298,6 +386,10 @@ class _Writer:
         await self.aclose()
 
 
+def _is_cancel(item: SessionMessage) -> bool:
+    return isinstance(item.message, JSONRPCNotification) and item.message.method == "notifications/cancelled"
+
+
 def _error(request_id: int | str, code: int, message: str, data: int | None = None) -> SessionMessage:
     """An error answer that the server did not give."""
     error = ErrorData(code=code, message=message, data=data)
@@ -306,9 +398,10 @@ def _error(request_id: int | str, code: int, message: str, data: int | None = No
 
 async def _log_stderr(name: str, stderr: asyncio.StreamReader) -> None:
     """The server's stderr, line by line, in the log and within its bounds."""
-    lines = LineSplitter(_LOG_LINE)
+    lines, pace = LineSplitter(_LOG_LINE), Pace()
     window, logged, dropped = time.monotonic(), 0, 0
     while chunk := await stderr.read(_CHUNK):
+        began, left_out = pace.clock(), dropped
         for line in lines.feed(chunk):
             now = time.monotonic()
             if now - window > _LOG_WINDOW_S:
@@ -321,3 +414,6 @@ async def _log_stderr(name: str, stderr: asyncio.StreamReader) -> None:
             logged += 1
             text = line.head[:_LOG_LINE] if isinstance(line, TooLong) else line
             _log.info("MCP server %s: %s", name, text.decode(errors="replace").rstrip())
+        if dropped > left_out:
+            pace.spent(pace.clock() - began)
+            await asyncio.sleep(pace.rest())

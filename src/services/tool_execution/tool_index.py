@@ -9,7 +9,7 @@ from typing import Final
 from toolfleet.services.background_jobs.errors import UnknownTool
 from toolfleet.services.background_jobs.ports import ToolSpec
 from toolfleet.services.tool_execution.catalogue_store import ServerTools
-from toolfleet.services.tool_execution.policy import Policy, is_repeatable
+from toolfleet.services.tool_execution.policy import Policy, policy_of
 
 _NEAREST: Final = 5
 _CUTOFF: Final = 0.5
@@ -45,13 +45,15 @@ class ToolIndex:
         self._qualified: dict[str, ToolSpec] = {}
         self._present: list[ToolSpec] = []
         for (server, name), (tool, present) in tools.items():
+            policy = policy_of(server, name, tool["annotations"], overrides)
             spec = ToolSpec(
                 name=name if chosen[name] == [server] else f"{server}/{name}",
                 server=server,
                 tool=name,
                 description=tool["description"],
                 input_schema=tool["inputSchema"],
-                repeatable=is_repeatable(server, name, tool["annotations"], overrides),
+                repeatable=policy.repeatable,
+                policy_source=policy.source,
             )
             self._qualified[f"{server}/{name}"] = spec
             if present:

@@ -1,10 +1,11 @@
 """A stdio MCP server written by hand against the oldest protocol, with the manners of servers that are about.
 
-    old_stdio.py [silent | strict | mute] [big-first | big-last] [slow] [noisy]
+    old_stdio.py [silent | strict | mute] [big-first | big-last] [slow] [noisy] [dies | late]
 
 silent: ignores requests before the handshake. strict: exits at them. mute: never answers anything.
 big-first, big-last: where the id stands in the answer of `big`. slow: takes 4 s to start.
 noisy: a line on stderr for each start and each request before the handshake.
+dies, late: what it does when a call of `hold` is cancelled: exits, or gives the result.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import time
 
 VERSION = "2024-11-05"
 TOOL = {"name": "old_echo", "inputSchema": {"type": "object", "properties": {"text": {"type": "string"}}}}
+
+held: list[dict[str, object]] = []
+"""Calls of `hold` that have no answer."""
 
 
 def send(message: str) -> None:
@@ -50,9 +54,23 @@ def call(request: dict[str, object]) -> None:
                 send(f'{{"jsonrpc":"2.0","id":{request["id"]},"result":{body}}}')
         case "exit":
             sys.exit(1)
+        case "hold":
+            held.append(request)
+            token = params["_meta"]["progressToken"]
+            told = {"progressToken": token, "progress": 1}
+            send(json.dumps({"jsonrpc": "2.0", "method": "notifications/progress", "params": told}))
         case name:
             error = {"code": -32602, "message": f"no tool {name}"}
             send(json.dumps({"jsonrpc": "2.0", "id": request["id"], "error": error}))
+
+
+def take_back(message: dict[str, object]) -> None:
+    if message.get("method") != "notifications/cancelled":
+        return
+    if "dies" in sys.argv:
+        sys.exit(0)
+    if "late" in sys.argv:
+        answer(held.pop(), {"content": []})
 
 
 def main() -> None:
@@ -63,6 +81,7 @@ def main() -> None:
         time.sleep(4)
     for line in sys.stdin:
         request = json.loads(line)
+        take_back(request)
         if "mute" in sys.argv or "id" not in request:
             continue
         method = request["method"]

@@ -102,6 +102,34 @@ async def steps(count: int, ctx: Context) -> str:
 
 
 @app.tool()
+async def flood(label: str, ctx: Context) -> str:
+    """Reports progress without a pause until it is cancelled, and takes a note of both."""
+    note(event="started", label=label)
+    step = 0
+    try:
+        while True:
+            step += 1
+            await ctx.report_progress(step, None, f"step {step}")
+    except anyio.get_cancelled_exc_class():
+        note(event="cancelled", label=label)
+        raise
+
+
+@app.tool()
+async def raw_progress(lines: list[str], times: int, ctx: Context) -> str:
+    """Writes progress to stdout by hand, as fast as a program in C would: `params` without the token, in JSON."""
+    meta: Any = ctx.request_context.meta
+    token = meta["progress_token"] if isinstance(meta, dict) else meta.progressToken
+    head = f'{{"jsonrpc":"2.0","method":"notifications/progress","params":{{"progressToken":{token},'
+    for step in range(1, times + 1):
+        text = "".join(head + line.replace("STEP", str(step)) + "}}\n" for line in lines)
+        data = text.encode()
+        while data:
+            data = data[os.write(1, data) :]
+    return "done"
+
+
+@app.tool()
 async def hang(label: str) -> str:
     """Waits until it is cancelled, and takes a note of both."""
     note(event="started", label=label)
@@ -111,6 +139,17 @@ async def hang(label: str) -> str:
         note(event="cancelled", label=label)
         raise
     return "never"
+
+
+@app.tool()
+async def stubborn(label: str, path: str) -> str:
+    """Goes on although it is cancelled, until a file exists."""
+    note(event="started", label=label)
+    with anyio.CancelScope(shield=True):
+        while not Path(path).exists():
+            await anyio.sleep(0.01)
+    note(event="ended", label=label)
+    return "done"
 
 
 @app.tool()
