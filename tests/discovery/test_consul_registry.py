@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -145,6 +147,30 @@ async def test_an_agent_that_was_never_reached_is_an_error(own_agent: EmbeddedCo
             with pytest.raises(DiscoveryError, match=r"cannot be asked.*CONSUL_HTTP_ADDR") as caught:
                 await ask()
             assert not isinstance(caught.value, ServiceNotFound)
+
+
+async def test_an_agent_that_answers_byte_by_byte_for_ever_is_given_up() -> None:
+    asked = asyncio.Event()
+
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.set()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            while not writer.is_closing():
+                writer.write(b" ")
+                await writer.drain()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(0.05):
+                        if not await reader.read(4096):
+                            break
+        writer.close()
+
+    server = await asyncio.start_server(drip, "127.0.0.1", 0)
+    async with server, registry_of(f"127.0.0.1:{server.sockets[0].getsockname()[1]}", timeout=0.3) as registry:
+        async with asyncio.timeout(10):
+            with pytest.raises(DiscoveryError, match=r"no whole answer within 0\.3 s"):
+                await registry.nats_urls()
+        assert asked.is_set()
 
 
 async def test_the_token_is_sent_and_a_missing_or_wrong_one_is_told(
