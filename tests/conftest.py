@@ -10,6 +10,7 @@ import asyncio
 import os
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,11 +30,13 @@ AnyServer = TypeVar("AnyServer", bound=EmbeddedServer)
 
 
 def _running(server: AnyServer) -> Iterator[AnyServer]:
-    asyncio.run(server.start())
-    try:
-        yield server
-    finally:
-        asyncio.run(server.stop())
+    # In a thread: the first to ask for a server may be a fixture that runs in a test's event loop.
+    with ThreadPoolExecutor(1) as elsewhere:
+        elsewhere.submit(lambda: asyncio.run(server.start())).result()
+        try:
+            yield server
+        finally:
+            elsewhere.submit(lambda: asyncio.run(server.stop())).result()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Every promise of docs/PROMISES.md has a test, and every test that claims one claims one that is there."""
+"""Every promise of docs/GUARANTEES.md has a test, and every test that claims one claims one that is there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
-DOCUMENT = (ROOT / "docs" / "PROMISES.md").read_text(encoding="utf-8")
+DOCUMENT = (ROOT / "docs" / "GUARANTEES.md").read_text(encoding="utf-8")
 
 SECTIONS = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", DOCUMENT, re.MULTILINE | re.DOTALL))
 PROMISES = [f"G{number}" for number in range(1, 13)]

@@ -86,8 +86,9 @@ def _letter(payload: bytes, fence: int, job_id: str | None) -> DeadLetter:
 async def test_dead_letters_are_paged_from_the_oldest(client: httpx.AsyncClient, api_settings: Settings) -> None:
     task = TaskDefinition(job_id=new_job_id(), tools=(ToolCall(tool_call_id="call_1", tool_name="echo"),))
     async with open_core(api_settings, name="test") as core:
-        for fence in (1, 2):
-            await core.letters.store(_letter(task.to_json(), fence, task.job_id))
+        for number in (1, 2):
+            again = task.model_copy(update={"generation": number})
+            await core.letters.store(_letter(again.to_json(), number, task.job_id))
         await core.letters.store(_letter(b"\xff not a task", 0, None))
     first = (await client.get("/api/v1/dead-letters", params={"limit": 2})).json()
     rest = (await client.get("/api/v1/dead-letters", params={"limit": 2, "cursor": first["cursor"]})).json()

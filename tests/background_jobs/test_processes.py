@@ -170,7 +170,7 @@ async def test_a_job_that_kills_its_workers_ends_as_a_dead_letter(fleet: Fleet) 
     record = await fleet.over(killed)
     assert record.error is not None
     assert (record.status, record.error.code) == (Status.FAILED, "too_many_starts")
-    (letter,) = (await fleet.core.letters.page(0, 10)).entries
+    (letter,) = (await fleet.service.letters.box.page(0, 10)).entries
     assert (letter.job_id, letter.reason) == (killed, "too_many_starts")
     assert fleet.ledger().count("begin c1 3") == 0
 
