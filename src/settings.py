@@ -88,9 +88,10 @@ class Settings(BaseSettings):
 
     # -- the store --------------------------------------------------------------------------------------------
     redis_timeout: Seconds = 5
-    """The bound of one Redis round trip, connecting included."""
-    redis_max_connections: int = Field(8, ge=2)
-    """Of one process; beyond it callers wait for one to be free."""
+    """The bound of one Redis round trip, connecting included; for large writes a second a MiB is added."""
+    redis_max_connections: int = Field(8, ge=4)
+    """Of one process; beyond it callers wait for one to be free. Two carry all calls, one the subscriptions, and one
+    must be left to load the functions with."""
     result_ttl_hours: float = Field(24, ge=24)
     """How long a record, its results and its Idempotency-Key are kept after the end; at least 24 (G6)."""
     event_log_max: int = Field(1000, ge=50)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from toolfleet.services.background_jobs.job_request import check_free_form
 from toolfleet.services.background_jobs.task_models import ErrorInfo, Status, Tier
@@ -34,6 +34,10 @@ class JobLinks(_Answer):
 
 class JobAccepted(JobLinks):
     """The job is in the queue and will reach a terminal status."""
+
+    degraded: bool
+    """Redis is down: whether there was a job under the same Idempotency-Key could not be looked up. Such a job is not
+    run again, its own status is told when Redis is back, and another body under its key becomes a dead letter."""
 
 
 class Progress(_Answer):
@@ -198,11 +202,18 @@ class Decision(BaseModel):
     decision: Literal["rerun", "completed", "failed"]
     """`rerun`: it did not happen, run it again. `completed`, `failed`: it happened, and this is how it went."""
     result: JsonValue = None
-    """With `completed`: what the call gave."""
+    """With `completed`, and only there: what the call gave."""
     note: str = Field("", max_length=500)
+    """Why; with `failed` it becomes the error of the call."""
 
     @field_validator("result")
     @classmethod
     def _can_be_carried(cls, value: JsonValue) -> JsonValue:
         check_free_form(value)
         return value
+
+    @model_validator(mode="after")
+    def _only_a_completed_call_gave_something(self) -> Self:
+        if self.result is not None and self.decision != "completed":
+            raise ValueError(f"a result goes with the decision 'completed', not with '{self.decision}'")
+        return self

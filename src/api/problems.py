@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Match, Route
 
 from toolfleet.services.background_jobs.errors import (
+    CallNotFound,
     DeadLetterNotFound,
     IdempotencyConflict,
     IllegalMove,
@@ -52,6 +53,7 @@ _KINDS: Final[Sequence[tuple[type[ToolfleetError], int, str, str]]] = (
     (InvalidTask, 422, "invalid-request", "Invalid request"),
     (InvalidCursor, 422, "invalid-request", "Invalid request"),
     (JobExpired, 410, "job-expired", "Job expired"),
+    (CallNotFound, 404, "call-not-found", "Call not found"),
     (JobNotFound, 404, "job-not-found", "Job not found"),
     (DeadLetterNotFound, 404, "dead-letter-not-found", "Dead letter not found"),
     (IllegalMove, 409, "illegal-move", "The job's status does not allow this"),
@@ -180,7 +182,9 @@ def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
 
     async def of_services(request: Request, error: Exception) -> Response:
         assert isinstance(error, ToolfleetError)
-        return problem_response(request, problem_of(error))
+        # A client that asks for many jobs at once wants to know which one an answer is about.
+        asked = {"job_id": request.path_params["job_id"]} if "job_id" in request.path_params else {}
+        return problem_response(request, problem_of(error, **asked))
 
     async def of_validation(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)

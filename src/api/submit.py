@@ -107,7 +107,8 @@ async def submit(
     if outcome is not None:
         return json_answer(outcome, 200, headers)
     links = api.views.view_links(JobView(submission.record, submission.task))
-    return json_answer(JobAccepted.model_validate(links), 202, headers)
+    accepted = JobAccepted.model_validate({**links, "degraded": submission.record is None})
+    return json_answer(accepted, 202, headers)
 
 
 def _goes_on(submission: Submission) -> bool:

@@ -96,7 +96,8 @@ class Views:
             "progress": Progress(
                 # What the last attempt was at says nothing once it has ended.
                 stage=record.stage if record.stage and record.status is Status.RUNNING else record.status.value,
-                percent=min(100.0, max(0.0, record.percent)),
+                # Results that an earlier attempt or generation has left count from the start of the next one.
+                percent=min(100.0, max(0.0, record.percent, 100 * record.completed_calls / len(task.tools))),
                 message=record.message,
                 total_tools=len(task.tools),
                 completed_tools=record.completed_calls,

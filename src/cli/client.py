@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import pwd
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any, Final, Self
 from urllib.parse import urlsplit
@@ -116,9 +116,10 @@ class JobsClient:
         """Stop a job; the answer says how far that got."""
         return (await self._call("POST", f"{_PATH}/jobs/{job_id}/cancel"))[1]
 
-    async def retry(self, job_id: str) -> dict[str, Any]:
+    async def retry(self, job_id: str, why: str | None = None) -> dict[str, Any]:
         """Run a failed or cancelled job again."""
-        return (await self._call("POST", f"{_PATH}/jobs/{job_id}/retry"))[1]
+        body = {"reason": why} if why else None
+        return (await self._call("POST", f"{_PATH}/jobs/{job_id}/retry", body=body))[1]
 
     async def resolve(self, job_id: str, decision: Mapping[str, Any]) -> dict[str, Any]:
         """Decide one call of an unknown job."""
@@ -242,6 +243,16 @@ class JobsClient:
         if isinstance(error, httpx.ReadTimeout):
             return ApiSilent(self.url, changes=method != "GET")
         return ApiUnreachable(self.url, _reason(error))
+
+
+def ask(url: str, question: Callable[[JobsClient], Awaitable[Any]]) -> Any:
+    """What a question to the API gives, in an event loop and over a connection of its own. Raises as `JobsClient`."""
+
+    async def run() -> Any:
+        async with JobsClient(url) as client:
+            return await question(client)
+
+    return asyncio.run(run())
 
 
 def _who() -> dict[str, str]:

@@ -39,7 +39,9 @@ Everything = Annotated[bool, typer.Option("--all", help="All of them, without a 
 Most = Annotated[int, typer.Option("--limit", min=1, max=500, help="With a filter: at most so many.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="With a filter: only say which.")]
 Yes = Annotated[bool, typer.Option("--yes", help="With a filter: do not ask.")]
-WhyNote = Annotated[str | None, typer.Option("--note", help="Why; it is kept in the job's log.")]
+WhyNote = Annotated[
+    str | None, typer.Option("--note", help="Why; in the job's log, and of discard in that of the API.")
+]
 
 
 @dlq.command("list")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rich.live import Live
 
-from toolfleet.cli.client import JobsClient
+from toolfleet.cli.client import JobsClient, ask
 from toolfleet.cli.exits import INTERRUPTED, OK
 from toolfleet.cli.output import ago, out, print_json, say, span, table
 
@@ -22,7 +22,7 @@ TIERS = ("high", "normal", "low")
 def stats(api: str, *, watch_it: bool, as_json: bool) -> int:
     """Figures of tiers, totals, queue and workers; with `watch_it` again and again until Ctrl-C."""
     if not watch_it:
-        answer = _ask(api, lambda client: client.get("jobs/stats"))
+        answer = ask(api, lambda client: client.get("jobs/stats"))
         if as_json:
             print_json(answer)
         else:
@@ -93,7 +93,7 @@ def _warn(answer: Answer) -> None:
 
 def jobs(api: str, *, status: str | None, tier: str | None, limit: int, cursor: str | None, as_json: bool) -> int:
     """A page of jobs, newest first."""
-    answer = _ask(api, lambda client: client.get("jobs", status=status, tier=tier, limit=limit, cursor=cursor))
+    answer = ask(api, lambda client: client.get("jobs", status=status, tier=tier, limit=limit, cursor=cursor))
     if as_json:
         print_json(answer)
         return OK
@@ -118,7 +118,7 @@ def jobs(api: str, *, status: str | None, tier: str | None, limit: int, cursor: 
 
 def tools(api: str, *, as_json: bool) -> int:
     """What the fleet can call."""
-    answer = _ask(api, lambda client: client.get("tools"))
+    answer = ask(api, lambda client: client.get("tools"))
     if as_json:
         print_json(answer)
         return OK
@@ -153,11 +153,3 @@ def _policy(tool: Mapping[str, Any]) -> str:
 def _first_line(tool: Mapping[str, Any]) -> str:
     lines = str(tool.get("description") or "").strip().splitlines()
     return lines[0] if lines else ""
-
-
-def _ask(api: str, question: Callable[[JobsClient], Awaitable[Answer]]) -> Answer:
-    async def run() -> Answer:
-        async with JobsClient(api) as client:
-            return await question(client)
-
-    return asyncio.run(run())

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
-from toolfleet.cli.client import JobsClient
+from toolfleet.cli.client import JobsClient, ask
 from toolfleet.cli.exits import INTERRUPTED, OK, TRY_AGAIN, UNKNOWN, exit_code_of
-from toolfleet.cli.output import out, print_json, say
+from toolfleet.cli.output import out, plain, print_json, say
 from toolfleet.cli.values import json_value, tool_arguments
 from toolfleet.cli.watching import follow, follower_for
 
@@ -47,7 +46,7 @@ def submit(
     arguments = tool_arguments(call["words"], call["args"], sys.stdin)
     body: dict[str, Any] = {"tools": [{"tool_name": call["tool_name"], "tool_args": arguments}]}
     body |= {name: value for name, value in options.items() if value is not None}
-    job = _ask(api, lambda client: client.submit(body, key=key))
+    job = ask(api, lambda client: client.submit(body, key=key))
     job_id = str(job["job_id"])
     if watch_it:
         if not as_json:
@@ -72,7 +71,7 @@ def watch(api: str, job_id: str, *, after: int, as_json: bool, show_result: bool
         return job
 
     try:
-        job = _ask(api, run)
+        job = ask(api, run)
     except KeyboardInterrupt:
         say(f"{job_id} goes on; follow it with: toolfleet watch {job_id}; stop it with: toolfleet cancel {job_id}")
         return INTERRUPTED
@@ -86,7 +85,7 @@ def watch(api: str, job_id: str, *, after: int, as_json: bool, show_result: bool
 
 def result(api: str, job_id: str, *, as_json: bool) -> int:
     """Print each call's result; 75 while the job runs, 4 where a person has to decide a call first."""
-    ended, answer = _ask(api, lambda client: client.result(job_id))
+    ended, answer = ask(api, lambda client: client.result(job_id))
     if as_json:
         print_json(answer)
     if not ended:
@@ -104,7 +103,7 @@ def result(api: str, job_id: str, *, as_json: bool) -> int:
 
 def cancel(api: str, job_id: str, *, as_json: bool) -> int:
     """Stop a job, and say how far that got."""
-    answer = _ask(api, lambda client: client.cancel(job_id))
+    answer = ask(api, lambda client: client.cancel(job_id))
     if as_json:
         print_json(answer)
         return OK
@@ -130,9 +129,9 @@ def cancel(api: str, job_id: str, *, as_json: bool) -> int:
     return OK
 
 
-def retry(api: str, job_id: str, *, as_json: bool) -> int:
+def retry(api: str, job_id: str, *, note: str | None, as_json: bool) -> int:
     """Run a failed or cancelled job again, without the calls that succeeded."""
-    return _reopened(_ask(api, lambda client: client.retry(job_id)), as_json=as_json)
+    return _reopened(ask(api, lambda client: client.retry(job_id, note)), as_json=as_json)
 
 
 def resolve(
@@ -142,7 +141,7 @@ def resolve(
     body: dict[str, Any] = {"tool_call_id": tool_call_id, "decision": decision, "note": note}
     if result_text is not None:
         body["result"] = json_value(result_text, "--result", sys.stdin)
-    return _reopened(_ask(api, lambda client: client.resolve(job_id, body)), as_json=as_json)
+    return _reopened(ask(api, lambda client: client.resolve(job_id, body)), as_json=as_json)
 
 
 def _reopened(job: Answer, *, as_json: bool) -> int:
@@ -151,17 +150,9 @@ def _reopened(job: Answer, *, as_json: bool) -> int:
         return OK
     print(f"{job['job_id']} {job['status']}")
     _say_undecided(job)
-    if job["status"] == "queued":
+    if job["status"] in ("queued", "running"):
         say(f"follow it with: toolfleet watch {job['job_id']}")
     return OK
-
-
-def _ask(api: str, question: Callable[[JobsClient], Awaitable[Any]]) -> Any:
-    async def run() -> Any:
-        async with JobsClient(api) as client:
-            return await question(client)
-
-    return asyncio.run(run())
 
 
 def _because(document: Answer) -> str:
@@ -191,7 +182,7 @@ def _print_results(answer: Answer, *, told: bool = False) -> None:
         if isinstance(error := entry.get("error"), Mapping):
             reason = str(error.get("message"))
             if not told:
-                print(f"{error.get('code')}: {reason}")
+                print(f"{error.get('code')}: {plain(reason)}")
         for block in entry.get("content") or ():
             if reason and block.get("text") == reason:
                 continue

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
 import typer
 
-from toolfleet.cli.client import ApiRefused, JobsClient
+from toolfleet.cli.client import ApiRefused, JobsClient, ask
 from toolfleet.cli.exits import FAILED, OK, TRY_AGAIN, USAGE, CliError
-from toolfleet.cli.output import ago, print_json, say, table
+from toolfleet.cli.output import ago, plain, print_json, say, table
 
 Answer = dict[str, Any]
 Act = Literal["redrive", "discard"]
@@ -24,7 +23,7 @@ EVENTS_SHOWN: Final = 20
 
 def listed(api: str, wanted: Mapping[str, Any], *, limit: int, cursor: str | None, as_json: bool) -> int:
     """What needs a person, oldest first."""
-    answer = _ask(api, lambda client: client.get(_PATH, **wanted, limit=limit, cursor=cursor))
+    answer = ask(api, lambda client: client.get(_PATH, **wanted, limit=limit, cursor=cursor))
     if as_json:
         print_json(answer)
         return OK
@@ -45,12 +44,12 @@ def listed(api: str, wanted: Mapping[str, Any], *, limit: int, cursor: str | Non
 
 def show(api: str, letter_id: str, *, as_json: bool) -> int:
     """One with its history."""
-    answer = _ask(api, lambda client: client.get(f"{_PATH}/{letter_id}"))
+    answer = ask(api, lambda client: client.get(f"{_PATH}/{letter_id}"))
     if as_json:
         print_json(answer)
         return OK
     newest = answer["letters"][-1]
-    print(f"{answer['id']}  {newest['reason']}, {ago(newest['at'])} ago: {newest['message']}")
+    print(f"{answer['id']}  {newest['reason']}, {ago(newest['at'])} ago: {plain(newest['message'])}")
     job = answer["job"]
     if job is not None:
         print(f"the job is {job['status']}, generation {job['generation']}, attempt {job['attempt']}")
@@ -64,7 +63,8 @@ def show(api: str, letter_id: str, *, as_json: bool) -> int:
         print(f"attempt  {run['attempt']} on {run['worker'] or '?'}, {ago(run['started_at'])} ago: {run['outcome']}")
     for error in answer["errors"]:
         text = error["error"].get("message") or error["error"].get("code")
-        print(f"error    attempt {error['attempt']} {error['tool_call_id'] or ''}: {text}")
+        call = f" {error['tool_call_id']}" if error["tool_call_id"] else ""
+        print(f"error    attempt {error['attempt']}{call}: {plain(str(text))}")
     for event in answer["events"][-EVENTS_SHOWN:]:
         print(f"event    {event['id']} {event['data']['at']} {event['event']}")
     verbs = "discard" if newest["malformed"] else "redrive | discard"
@@ -75,17 +75,21 @@ def show(api: str, letter_id: str, *, as_json: bool) -> int:
 def _show_raw(raw: Mapping[str, Any] | None) -> None:
     if raw is None:
         return
-    print(f"subject  {raw['subject'] or '?'}")
+    print(f"subject  {plain(raw['subject'] or '?')}")
     print(f"bytes    {raw['bytes']}, sha256 {raw['sha256']}")
     more = f" (the first {raw['shown_bytes']} bytes)" if raw["shown_bytes"] < raw["bytes"] else ""
-    print(f"{raw['encoding']:<8} {raw['data']}{more}")
+    print(f"{raw['encoding']:<8} {plain(raw['data'])}{more}")
 
 
 def act_on(api: str, act: Act, ids: Sequence[str], *, note: str | None, as_json: bool) -> int:
-    """Redrive or discard the letters of these ids, one by one; 1 where one was refused."""
+    """Redrive or discard the letters of these ids, one by one; 1 where one was refused.
+
+    Where the API is gone or overloaded the rest is not asked for; what was done before is told all the same.
+    """
     body = {"note": note} if note else {}
     done: list[Answer] = []
     failed: list[Answer] = []
+    ended: CliError | None = None
 
     async def run(client: JobsClient) -> None:
         for letter_id in ids:
@@ -96,7 +100,10 @@ def act_on(api: str, act: Act, ids: Sequence[str], *, note: str | None, as_json:
                     raise
                 failed.append({"id": letter_id, "why": str(error)})
 
-    _ask(api, run)
+    try:
+        ask(api, run)
+    except CliError as error:
+        ended = CliError(f"{error} ({len(done)} of {len(ids)} were {_PAST[act]})", error.code)
     if as_json:
         print_json({_PAST[act]: done, "failed": failed})
     else:
@@ -105,6 +112,8 @@ def act_on(api: str, act: Act, ids: Sequence[str], *, note: str | None, as_json:
             if act == "redrive":
                 say(f"follow it with: toolfleet watch {answer['id']}")
     _say_failed(failed)
+    if ended is not None:
+        raise ended
     return FAILED if failed else OK
 
 
@@ -115,7 +124,7 @@ def act_on_many(
     path = f"{_PATH}/{act}"
     body = {name: value for name, value in {**wanted, "note": note}.items() if value is not None}
     if dry_run or not yes:
-        plan = _ask(api, lambda client: client.post(path, {**body, "dry_run": True}))
+        plan = ask(api, lambda client: client.post(path, {**body, "dry_run": True}))
         if dry_run:
             return _told_many(plan, act, as_json=as_json)
         if not plan["matched"]:
@@ -123,7 +132,7 @@ def act_on_many(
             return OK
         if not _confirmed(act, plan):
             return FAILED
-    return _told_many(_ask(api, lambda client: client.post(path, body)), act, as_json=as_json)
+    return _told_many(ask(api, lambda client: client.post(path, body)), act, as_json=as_json)
 
 
 def _confirmed(act: Act, plan: Answer) -> bool:
@@ -152,11 +161,3 @@ def _told_many(answer: Answer, act: Act, *, as_json: bool) -> int:
 def _say_failed(failed: Sequence[Answer]) -> None:
     for one in failed:
         say(f"{one['id']}: {one['why']}")
-
-
-def _ask(api: str, question: Callable[[JobsClient], Awaitable[Any]]) -> Any:
-    async def run() -> Any:
-        async with JobsClient(api) as client:
-            return await question(client)
-
-    return asyncio.run(run())

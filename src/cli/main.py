@@ -194,11 +194,16 @@ def cancel(job: JobId, api: Api = None, as_json: Json = False) -> None:
 
 
 @app.command()
-def retry(job: JobId, api: Api = None, as_json: Json = False) -> None:
+def retry(
+    job: JobId,
+    note: Annotated[str | None, typer.Option(help="Why; it is kept in the job's log.")] = None,
+    api: Api = None,
+    as_json: Json = False,
+) -> None:
     """Run a failed or cancelled job again, without the calls that succeeded."""
     from toolfleet.cli.job_commands import retry as run
 
-    raise typer.Exit(run(api_url(api), job, as_json=as_json))
+    raise typer.Exit(run(api_url(api), job, note=note, as_json=as_json))
 
 
 @app.command()

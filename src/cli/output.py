@@ -25,6 +25,18 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def plain(text: str) -> str:
+    """A text with its control characters, but for tabs and line ends, written as ``\\x1b``.
+
+    What a stranger's message holds must not move the cursor, change colours or answer for the terminal.
+    """
+    return "".join(one if one.isprintable() or one in "\t\n" else _escaped(one) for one in text)
+
+
+def _escaped(one: str) -> str:
+    return one.encode("unicode_escape", "backslashreplace").decode()
+
+
 def print_json(document: Any, *, line: bool = False) -> None:
     """JSON on stdout; with `line` on one line, and sent at once."""
     print(json.dumps(document, ensure_ascii=False, indent=None if line else 2), flush=line)
@@ -40,7 +52,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         draw_table(console, columns, rows)
         return
     for row in rows:
-        print("\t".join(" ".join(str(cell).split()) for cell in row))
+        print("\t".join(plain(" ".join(str(cell).split())) for cell in row))
 
 
 def draw_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> None:
@@ -50,7 +62,7 @@ def draw_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence
         drawn.add_column(name.removesuffix(">"), justify="right" if name.endswith(">") else "left", overflow="fold")
     for row in rows:
         # As text: a tool's title may contain what rich takes for markup.
-        drawn.add_row(*(Text(str(cell)) for cell in row))
+        drawn.add_row(*(Text(plain(str(cell))) for cell in row))
     console.print(drawn)
 
 

@@ -140,6 +140,8 @@ class Stack:
             self._env |= {"NATS_URL": self.nats.url, "TOOLFLEET_NATS_MONITORING_URL": self.nats.monitoring_url}
         if self.valkey is not None:
             self._env["REDIS_URL"] = self.valkey.url
+            # What one Redis did not take is not for another one: its spool lives and goes with its data.
+            self._env["TOOLFLEET_STATE_DIR"] = str(self._plan.folder)
 
     async def _start_tools(self) -> None:
         await self._tools.start()

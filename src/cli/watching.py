@@ -13,7 +13,7 @@ from rich.table import Column
 from rich.text import Text
 
 from toolfleet.cli.client import JobsClient
-from toolfleet.cli.output import print_json
+from toolfleet.cli.output import plain, print_json
 from toolfleet.cli.sse import ServerEvent
 
 MAX_MESSAGE = 60
@@ -147,13 +147,14 @@ def describe(event: ServerEvent, *, with_call: bool = True) -> str:
         words.append(f"done in {data.get('duration_ms', 0) / 1000:.1f} s")
     elif event.event == "gap":
         words.append("earlier events are no longer kept")
+    words += [_decided(told) for told in data.get("decisions") or () if isinstance(told, Mapping)]
     for key, text in _WORDS.items():
         if data.get(key):
             words.append(text.format(data[key]))
     # A job's reason repeats those of its calls, and ends the command as its last line.
     if isinstance(error := data.get("error"), Mapping) and event.event != "job.failed":
         words.append(str(error.get("message", "")))
-    return " ".join(" ".join(words).split())
+    return plain(" ".join(" ".join(words).split()))
 
 
 _WORDS = {
@@ -161,8 +162,16 @@ _WORDS = {
     "next_attempt_at": "next attempt at {}",
     "reached": "reached: {}",
     "reason": "({})",
+    "by": "by {}",
+    "note": "note: {}",
     "will_retry": "will be tried again:",
 }
+
+
+def _decided(told: Mapping[str, Any]) -> str:
+    text = f"{told.get('tool_call_id')} {told.get('decision')}"
+    text += f" by {told['by']}" if told.get("by") else ""
+    return f"{text}: {told['note']};" if told.get("note") else f"{text};"
 
 
 def _count(data: Mapping[str, Any]) -> str:

@@ -90,9 +90,14 @@ async def test_a_call_of_unknown_outcome_is_decided_once(client: httpx.AsyncClie
 
     resolve_url = f"{job['poll_url']}/resolve"
     foreign = {"tool_call_id": "call_9", "decision": "rerun"}
-    problem(await client.post(resolve_url, json=foreign), 404, "job-not-found")
+    answer = problem(await client.post(resolve_url, json=foreign), 404, "call-not-found")
+    assert answer["job_id"] == job["job_id"]
     known = {"tool_call_id": "call_2", "decision": "rerun"}
-    problem(await client.post(resolve_url, json=known), 409, "illegal-move")
+    answer = problem(await client.post(resolve_url, json=known), 409, "illegal-move")
+    assert (answer["job_id"], answer["tool_call_id"]) == (job["job_id"], "call_2")
+    for other in ("rerun", "failed"):
+        given = {"tool_call_id": "call_1", "decision": other, "result": {"order": 4711}}
+        problem(await client.post(resolve_url, json=given), 422, "invalid-request")
 
     decision = {
         "tool_call_id": "call_1",
@@ -104,7 +109,8 @@ async def test_a_call_of_unknown_outcome_is_decided_once(client: httpx.AsyncClie
     assert answer.status_code == 200
     assert answer.json()["status"] == "completed"
     assert answer.json()["generation"] == 2
-    problem(await client.post(resolve_url, json=decision), 409, "illegal-move")
+    answer = problem(await client.post(resolve_url, json=decision), 409, "illegal-move")
+    assert answer["job_id"] == job["job_id"]
     result = (await client.get(job["result_url"])).json()
     assert result["results"][0]["structured_content"] == {"order": 4711}
     assert tools.calls == {"lost": 1, "echo": 1}

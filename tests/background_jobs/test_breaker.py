@@ -139,7 +139,7 @@ async def test_after_one_time_out_nothing_more_is_sent_to_a_stopped_server(
         await store.load()
     assert await CatalogueStore(store).load() == []
     assert gate.unanswered == 1, "only the first call has waited for an answer"
-    with pytest.raises(StoreSilent, match="PING"):
+    with pytest.raises(StoreSilent, match="a question"):
         await store.ping()
     await own_valkey.resume()
     async with asyncio.timeout(5):
@@ -173,6 +173,34 @@ async def test_an_answer_that_says_not_now_does_not_silence_the_reads(core: Core
     assert (core.store.gate.is_silent, core.store.gate.unanswered) == (False, 0)
 
 
+async def test_a_server_that_refuses_all_writes_is_not_taken_for_one_that_serves(
+    core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_gate, "PROBE_S", 0.01)
+    gate, opened, asked = core.store.gate, 0, 0
+    ask = gate._ping
+
+    def on_open() -> None:
+        nonlocal opened
+        opened += 1
+
+    async def counted() -> None:
+        nonlocal asked
+        asked += 1
+        await ask()
+
+    monkeypatch.setattr(gate, "_ping", counted)
+    gate.listen(on_open=on_open)
+    await core.client.config_set("maxmemory", "1")
+    write = asyncio.create_task(gate.insist(lambda: core.store.enqueue(make_task())))
+    await wait_until(lambda: asked >= 5, "the probe has asked a few times")
+    assert (opened, gate.is_silent) == (0, False)
+    await core.client.config_set("maxmemory", "0")
+    async with asyncio.timeout(5):
+        _, new = await write
+    assert (new, opened) == (True, 1)
+
+
 async def test_a_subscription_that_is_cut_off_alone_is_no_outage(own_settings: Settings) -> None:
     async with open_fleet(own_settings, workers=0) as fleet:
         job_id = await fleet.submit("echo")
@@ -182,6 +210,20 @@ async def test_a_subscription_that_is_cut_off_alone_is_no_outage(own_settings: S
             assert await fleet.core.client.client_kill_filter(_type="pubsub") == 1
             assert await watch.changed(5) == (), "after the new one"
             assert fleet.core.store.gate.outages == 0
+
+
+async def test_a_process_with_the_fewest_connections_that_it_may_have_does_not_wait_for_itself(
+    own_settings: Settings,
+) -> None:
+    (fewest,) = (rule.ge for rule in Settings.model_fields["redis_max_connections"].metadata)
+    async with open_fleet(own_settings.model_copy(update={"redis_max_connections": fewest})) as fleet:
+        for _ in range(2):
+            # With several calls at once all pipelines are in use, when everybody misses the functions.
+            ids = await asyncio.gather(*(fleet.submit("echo") for _ in range(20)))
+            for job_id in ids:
+                await fleet.over(job_id)
+            await fleet.core.client.execute_command("FUNCTION", "FLUSH")  # type: ignore[no-untyped-call]
+        assert fleet.core.store.gate.outages == 0
 
 
 # -- readers ---------------------------------------------------------------------------------------------------------

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import json
 import os
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from tests.background_jobs.harness import job, open_fleet
+from tests.background_jobs.harness import job, open_fleet, running_worker
 from tests.background_jobs.making import ERROR, make_task, result
 from tests.background_jobs.test_processes import SHORT, exit_code
 from tests.background_jobs.test_processes import Fleet as Processes
@@ -152,6 +154,56 @@ def test_of_a_file_that_can_not_be_written_nothing_is_left(root: Path, monkeypat
     assert folders(root) == []
 
 
+def test_a_folder_that_could_not_be_made_leaves_nothing_behind(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for step in ((fcntl, "flock"), (os, "fsync")):
+        with monkeypatch.context() as patched:
+            patched.setattr(*step, full)
+            with pytest.raises(OSError, match="No space"):
+                SpoolFolder.make(root)
+        # What was named already is taken away by whoever looks for folders of the dead.
+        for folder in SpoolFolder.adopt_all(root):
+            folder.release()
+        assert list(root.iterdir()) == []
+
+
+def test_a_folder_that_its_holder_removes_at_this_moment_is_not_adopted(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = SpoolFolder.make(root)
+    flock = fcntl.flock
+
+    def late(lock: int, how: int) -> None:
+        folder.release()
+        flock(lock, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    assert SpoolFolder.adopt_all(root) == []
+
+
+async def test_a_folder_that_somebody_removed_is_let_go_of_once(
+    store: RedisStateManager, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with spooling(root, store) as spool:
+        spool._put("a", b"1")
+        shutil.rmtree(root)
+
+        def full(_: Path) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(SpoolFolder, "make", full)
+            with pytest.raises(OSError, match="No space"):
+                spool._put("b", b"2")
+            # The number of the lock may be a socket's by now.
+            patched.setattr(os, "close", lambda number: pytest.fail(f"{number} is closed a second time"))
+            with pytest.raises(OSError, match="No space"):
+                spool._put("c", b"3")
+        assert spool._put("d", b"4").read_bytes() == b"4"
+
+
 # -- waiting for the store ---------------------------------------------------------------------------------------------
 
 
@@ -230,6 +282,29 @@ async def test_results_of_an_attempt_that_lost_its_lease_in_an_outage_are_kept(
         assert (await fleet.kinds(job_id)).count("tool.completed") == 2
         await fleet.queue_is_empty()
         await wait_until(lambda: not files(root), "nothing is left on the disk")
+
+
+async def test_a_call_that_was_not_sent_may_run_although_its_attempt_was_stopped_while_it_said_so(
+    own_settings: Settings, own_valkey: EmbeddedValkey, root: Path
+) -> None:
+    async with open_fleet(own_settings, workers=0) as fleet:
+        fleet.bench.session.clear()
+        async with running_worker(own_settings, fleet.bench) as worker:
+            job_id = await fleet.submit(("once_fail", {"how": "unsent", "times": 1}))
+            await wait_until(lambda: fleet.bench.waiting == 1, "its start is marked")
+            # Not paused: what it was sent it would still do.
+            await own_valkey.kill()
+            fleet.bench.session.set()
+            await fleet.began("c1:1")
+            worker.stop()
+            await wait_until(lambda: files(root), "what is left to say is on the disk")
+            await own_valkey.start()
+            handed_back = await fleet.reaches(job_id, Status.QUEUED)
+            assert handed_back.retries == 0
+        async with running_worker(own_settings, fleet.bench):
+            record = await fleet.over(job_id)
+        assert (record.status, record.generation) == (Status.COMPLETED, 1)
+        assert fleet.bench.started == ["c1:1", "c1:2"]
 
 
 async def test_a_synchronous_run_is_kept_as_well(

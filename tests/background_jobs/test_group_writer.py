@@ -142,6 +142,13 @@ async def test_an_error_among_the_answers_leaves_the_connection_in_step(client: 
     await client.aclose()
 
 
+async def test_what_is_large_has_time_in_proportion_to_its_size(client: redis.Redis) -> None:
+    link = RedisLink(client, timeout_s=0.001)
+    assert await link.exchange([("SET", "k", b"x" * (16 << 20), "EX", 10)]) == ["OK"]
+    await link.close()
+    await client.aclose()
+
+
 async def test_a_refusal_is_not_taken_for_an_outage(client: redis.Redis) -> None:
     functions = RedisFunctions(client, timeout_s=5)
     with pytest.raises(StoreError, match="unknown command") as refused:

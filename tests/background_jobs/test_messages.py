@@ -78,3 +78,28 @@ async def test_a_newer_task_is_handed_back_for_a_newer_worker(settings: Settings
         assert await fleet.core.queue.stands(task.job_id)
         assert (await fleet.core.letters.page(0, 10)).entries == []
         assert not redis.keys(f"*:job:{task.job_id}")
+
+
+@pytest.mark.promise("G6")
+async def test_a_second_body_that_was_accepted_while_redis_was_away_is_not_run_and_not_forgotten(
+    settings: Settings,
+) -> None:
+    async with open_fleet(settings) as fleet:
+        first = make_task(body_hash="one")
+        await send(fleet, first.job_id, first.to_json())
+        assert (await fleet.over(first.job_id)).status is Status.COMPLETED
+        await fleet.queue_is_empty()
+        second = first.model_copy(update={"body_hash": "another"})
+        await send(fleet, second.job_id, second.to_json())
+        letter = await the_letter(fleet)
+        assert (letter.job_id, letter.reason, letter.payload) == (
+            first.job_id,
+            "idempotency_conflict",
+            second.to_json(),
+        )
+        assert fleet.bench.started == ["c1:1"]
+        # The same body once more is the same job, and over.
+        await send(fleet, first.job_id, first.to_json())
+        await fleet.queue_is_empty()
+        assert fleet.bench.started == ["c1:1"]
+        assert len((await fleet.core.letters.page(0, 10)).entries) == 1

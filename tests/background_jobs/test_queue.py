@@ -45,6 +45,15 @@ async def test_a_job_has_one_message_in_whatever_tier(queue: NatsTaskQueue) -> N
         assert await queue.find(task.job_id) is None
 
 
+async def test_a_message_under_a_subject_that_no_consumer_reads_is_nobodys(queue: NatsTaskQueue, core: Core) -> None:
+    task = make_task()
+    stranger = core.settings.subject_prefix + ".bulk." + task.job_id
+    await core.connection.request(stranger, task.to_json(), 5)
+    assert await queue.stands(task.job_id)
+    assert await queue.acked(task.job_id)
+    assert await queue.purge(task.job_id)
+
+
 async def test_a_message_that_is_known_to_be_gone_can_be_published_again(queue: NatsTaskQueue) -> None:
     task = make_task()
     assert await queue.publish(task) == "stored"

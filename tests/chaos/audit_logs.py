@@ -9,6 +9,7 @@ from typing import Final
 from tests.chaos.evidence import ENDS, Evidence, Job, LogEntry
 from tests.chaos.findings import Checked, Finding
 from tests.chaos.ledger import Entry
+from toolfleet.services.background_jobs.task_executor import CONFLICT
 
 DEAD: Final = frozenset({"too_many_starts", "stale"})
 """Error codes of jobs that end as a dead letter."""
@@ -170,7 +171,7 @@ def letters(evidence: Evidence) -> Checked:
     raw: Counter[str] = Counter()
     for letter in evidence.letters:
         job = evidence.jobs.get(letter.job_id or "")
-        if letter.reason == "malformed" or job is None:
+        if letter.reason in ("malformed", CONFLICT) or job is None:
             raw[letter.payload] += 1
         else:
             found[job.job_id, job.generation_of(letter.attempt)] += 1

@@ -125,7 +125,9 @@ class Client:
             told = answer.json()
             if answer.status in (200, 202):
                 await self._accepted(number, answer.status, told, answer.headers["idempotency-key"])
-                return str(told["job_id"])
+                # With queue and store down a synchronous run answers its caller, and nobody else ever knows it.
+                unrecorded = answer.status == 200 and told.get("degraded") and told["status"] in TERMINAL
+                return None if unrecorded else str(told["job_id"])
             chosen = answer.headers["idempotency-key"]
             await self.ledger.write(
                 "refused", n=number, code=answer.status, type=told.get("type"), accepted=told.get("accepted"),

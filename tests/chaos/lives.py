@@ -54,7 +54,8 @@ class Lives:
         if job_id is not None and plan.conflict:
             other = {**plan.body, "metadata": {"kind": "another"}}
             answer = await client.insist("POST", JOBS, body=other, headers={"Idempotency-Key": plan.key or ""})
-            if answer is not None and answer.status != 422:
+            # While Redis is away keys can't be compared; such a job is not run, and becomes a dead letter.
+            if answer is not None and answer.status != 422 and not answer.json().get("degraded"):
                 client.tally.wrong.append(f"G6 {job_id}: its key with another body gave {answer.status}")
         return job_id
 

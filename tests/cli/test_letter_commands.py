@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.cli.conftest import Fleet
-from tests.cli.running import clean_env, in_process
+from tests.cli.running import Ended, clean_env, in_process, toolfleet
 from toolfleet.bootstrap import open_core
-from toolfleet.cli.exits import FAILED, OK, UNKNOWN, USAGE
+from toolfleet.cli.exits import FAILED, OK, UNKNOWN, UNREACHABLE, USAGE
 from toolfleet.services.background_jobs.queue_ports import DeadLetter
 from toolfleet.services.background_jobs.task_models import TaskDefinition, ToolCall
 from toolfleet.settings import Settings
@@ -80,6 +80,38 @@ def test_a_malformed_message_is_shown_and_discarded(fleet: Fleet) -> None:
     assert (refused.code, "is no job" in refused.err) == (FAILED, True)
     assert fleet.call("dlq", "discard", letter).out == f"{letter} discarded\n"
     assert fleet.call("dlq", "show", letter).code == FAILED
+
+
+def test_a_stranger_s_message_does_not_reach_the_terminal_as_control_characters(fleet: Fleet) -> None:
+    bury(fleet, DeadLetter(None, 0, "malformed", "not a task: \x1b[31m", b"\x1b[2Jred\x07\tend", subject="\x1b]0;x"))
+    listed = fleet.call("dlq", "list", "--reason", "malformed").out
+    letter = listed.split("\t")[0]
+    shown = fleet.call("dlq", "show", letter).out
+    assert "utf-8    \\x1b[2Jred\\x07\tend" in shown
+    assert "\x1b" not in listed + shown
+    assert fleet.call("dlq", "show", letter, "--json").json["raw"]["data"] == "\x1b[2Jred\x07\tend"
+
+
+def test_what_was_done_before_the_api_went_is_told() -> None:
+    async def one_answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        body = b'{"id": "letter_1", "discarded": 1}'
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(body) + body)
+        await writer.drain()
+        server.close()
+        writer.close()
+
+    async def discarded() -> Ended:
+        nonlocal server
+        server = await asyncio.start_server(one_answer, "127.0.0.1", 0)
+        api = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        return await asyncio.to_thread(toolfleet, "dlq", "discard", "letter_1", "letter_2", "--api", api)
+
+    server: asyncio.Server
+    ended = asyncio.run(discarded())
+    assert (ended.code, ended.out) == (UNREACHABLE, "letter_1 discarded\n")
+    assert "can't be reached" in ended.err
+    assert "1 of 2 were discarded" in ended.err
 
 
 def test_many_are_asked_for_first(fleet: Fleet) -> None:

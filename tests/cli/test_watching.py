@@ -90,3 +90,18 @@ def test_what_fits_where_stdout_goes() -> None:
     assert isinstance(follower_for(terminal, as_json=False), Bars)
     assert isinstance(follower_for(pipe, as_json=False), Lines)
     assert isinstance(follower_for(terminal, as_json=True), JsonLines)
+
+
+def test_who_decided_and_why_is_told() -> None:
+    decisions = [
+        {"tool_call_id": "call_1", "decision": "completed", "by": "ada", "note": "seen in the shop"},
+        {"tool_call_id": "call_2", "decision": "rerun", "by": "", "note": ""},
+    ]
+    told = describe(event("job.queued", reason="resolved", decisions=decisions))
+    assert told == "call_1 completed by ada: seen in the shop; call_2 rerun; (resolved)"
+    again = describe(event("job.queued", reason="redrive", by="ada", note="its server is up"))
+    assert again == "(redrive) by ada note: its server is up"
+
+
+def test_control_characters_of_a_tool_are_written_out() -> None:
+    assert describe(call("tool.progress", progress=1, message="\x1b[2Jgone")) == "call_1 web_crawl 1 \\x1b[2Jgone"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.waiting import wait_until
+from toolfleet.services.background_jobs.errors import ToolTimedOut, ToolUnavailable
 from toolfleet.services.background_jobs.ports import CallContext, ToolSpec
 from toolfleet.services.background_jobs.task_models import ToolCall, ToolResult
 from toolfleet.services.background_jobs.transitions import CallStop
@@ -159,6 +160,23 @@ class Caller:
             on_stop=self.stops.append,
         )
         return await self.tools.runner.run(spec, call, context)
+
+    async def times_out(self, spec: ToolSpec, **arguments: Any) -> None:
+        """A call that was sent, and whose time then ran out. Where the machine was too slow to send it, with more time.
+
+        Raises:
+            ToolUnavailable: it could not be sent in 20 s either.
+        """
+        for seconds in (0.5, 2, 5, 20):
+            try:
+                await self.run(spec, seconds, **arguments)
+            except ToolTimedOut:
+                return
+            except ToolUnavailable:
+                if seconds == 20:
+                    raise
+            else:
+                raise AssertionError("the call was answered")
 
     async def opened(self, server: str) -> int:
         """Sessions opened with a server so far."""

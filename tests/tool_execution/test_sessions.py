@@ -31,7 +31,6 @@ from toolfleet.services.background_jobs.errors import (
     ToolConnectionLost,
     ToolRejected,
     ToolServerFailed,
-    ToolTimedOut,
     ToolUnavailable,
 )
 from toolfleet.services.background_jobs.task_models import ToolResult
@@ -87,23 +86,19 @@ async def test_a_server_that_crashes_at_every_call_is_given_pauses(notes: Notes,
     assert await call.opened("toolbox") == 3
 
 
-async def test_a_hung_server_is_replaced_for_new_calls(notes: Notes, open_tools: OpenTools) -> None:
-    call = Caller(await open_tools(stdio_toolbox(notes), mcp_connect_timeout=6))
+async def test_a_hung_server_is_replaced_for_new_calls(
+    notes: Notes, open_tools: OpenTools, caplog: pytest.LogCaptureFixture
+) -> None:
+    call = Caller(await open_tools(stdio_toolbox(notes), mcp_connect_timeout=30))
     await call.run(ECHO, text="one")
 
-    with pytest.raises(ToolTimedOut):
-        await call.run(spec_of("toolbox", "freeze"), timeout=0.5)
+    await call.times_out(spec_of("toolbox", "freeze"))
 
-    async def answers() -> bool:
-        try:
-            return text(await call.run(ECHO, timeout=2, text="two")) == "two"
-        except ToolTimedOut:
-            return False
-
-    await wait_until(answers, "a new session serves", timeout=30)
+    await wait_until(lambda: "shows no sign of life" in caplog.text, "it was asked for a sign of life", timeout=30)
+    assert text(await call.run(ECHO, text="two")) == "two"
     assert await call.opened("toolbox") == 2
     [frozen] = notes.entries("frozen")
-    await wait_until(lambda: not is_running(frozen["pid"]), "the frozen server is gone")
+    await wait_until(lambda: not is_running(frozen["pid"]), "the frozen server is gone", timeout=30)
 
 
 async def test_concurrent_first_calls_open_one_session(notes: Notes, open_tools: OpenTools) -> None:
@@ -316,9 +311,10 @@ async def test_a_server_of_the_newest_protocol_that_starts_slowly_is_started_onc
 ) -> None:
     server = stdio_toolbox(notes)
     slow = McpServer(
-        "toolbox", command="sh", args=("-c", 'sleep 4; exec "$@"', "-", server.command or "", *server.args)
+        "toolbox", command="sh", args=("-c", 'sleep 6; exec "$@"', "-", server.command or "", *server.args)
     )
-    call = Caller(await open_tools(slow, mcp_connect_timeout=7))
+    # The question before the handshake is given up after 5 s; how long the start itself takes is the machine's matter.
+    call = Caller(await open_tools(slow, mcp_connect_timeout=30))
 
     assert text(await call.run(ECHO, text="hello")) == "hello"
 

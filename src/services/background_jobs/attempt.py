@@ -239,8 +239,9 @@ class Attempt:
 
     async def _withdraw(self, call: ToolCall) -> None:
         self._sent.discard(call.tool_call_id)
-        self._marked.discard(call.tool_call_id)
         await self._gate.insist(lambda: self._store.withdraw_mark(self.lease, call.tool_call_id))
+        # Not before: an attempt that is stopped while this waits for the store leaves it to `_withdraw_unsent`.
+        self._marked.discard(call.tool_call_id)
 
     def _end(self, call: ToolCall, outcome: CallOutcome, duration_ms: int) -> None:
         if len(self.task.tools) > 1:

@@ -12,7 +12,8 @@
     ├── MalformedTask               a message of the queue that is no task
     ├── NewerTask                   a task of a version this program does not know
     ├── JobNotFound
-    │   └── JobExpired
+    │   ├── JobExpired
+    │   └── CallNotFound            the job is there and has no such call
     ├── DeadLetterNotFound
     ├── IllegalMove                 the job's status does not allow what was asked
     ├── QueueError
@@ -84,6 +85,10 @@ class JobNotFound(ToolfleetError):
 
 class JobExpired(JobNotFound):
     """The job ended and its result is no longer kept."""
+
+
+class CallNotFound(JobNotFound):
+    """The job has no such call."""
 
 
 class DeadLetterNotFound(ToolfleetError):

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from toolfleet.services.background_jobs.errors import StoreUnavailable
+from toolfleet.services.background_jobs.errors import QueueUnavailable, StoreUnavailable
 from toolfleet.services.background_jobs.ports import EventFeed, JobStore
 from toolfleet.services.background_jobs.task_models import Gap, JobEvent
 
@@ -82,7 +82,7 @@ async def read_events(
         # An id that the log has not reached yet would hide the end: begin at the log's.
         replay = Replay(after if view.record is None else min(after, view.record.last_event))
         pushed: Sequence[JobEvent] | None = ()
-        away = False
+        away = doubtful = False
         while True:
             reconnecting = False
             if pushed and replay.fits(pushed):
@@ -106,10 +106,32 @@ async def read_events(
                 # At once, and then at every look: whoever watches is not to take an outage for a quiet tool.
                 yield Pulse(reconnecting=True)
             away = reconnecting
+            if doubtful and not reconnecting:
+                doubtful, rewound = await _look_back(check, replay.last)
+                if rewound is not None:
+                    yield Gap(after=replay.last, resumes_at=1)
+                    replay, generation, pushed = Replay(0), rewound, ()
+                    continue
             wait = FIRST_LOOK_S if reconnecting or not watch.connected else heartbeat_s
             pushed = await watch.changed(wait)
+            doubtful = doubtful or pushed == ()
             if pushed is None:
                 yield Pulse(reconnecting or not watch.connected)
+
+
+async def _look_back(check: Callable[[], Awaitable[Any]], last: int) -> tuple[bool, int | None]:
+    """Whether the job's log still reaches to `last`, where something could have been missed: a Redis that has lost its
+    latest writes, by a restart or a failover, gives the same ids again to other events, the terminal one among them.
+
+    Whether it can't be told now, and the generation to read from the beginning where it does not reach that far.
+    """
+    try:
+        record = (await check()).record
+    except (StoreUnavailable, QueueUnavailable):
+        return True, None
+    if record is None:
+        return False, 1 if last else None
+    return False, record.generation if record.last_event < last else None
 
 
 async def _log(store: JobStore, job_id: str, after: int) -> Sequence[JobEvent]:

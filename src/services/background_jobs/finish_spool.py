@@ -92,8 +92,9 @@ class FinishSpool:
         if self._own is not None:
             with contextlib.suppress(FileNotFoundError):
                 return self._own.put(name, data)
-            # Somebody has cleaned up.
-            self._own.release()
+            # Somebody has cleaned up. Let go of once: by the next time the number of its lock may be a socket's.
+            gone, self._own = self._own, None
+            gone.release()
         self._own = SpoolFolder.make(self._root)
         return self._own.put(name, data)
 

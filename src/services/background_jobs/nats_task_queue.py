@@ -101,8 +101,11 @@ class NatsTaskQueue:
         if reply is None:
             return False
         headers = reply.headers or {}
-        tier = Tier(headers["Nats-Subject"].split(".")[-2])
-        info = await self._admin.api(f"CONSUMER.INFO.{self._names.tasks}.{self._names.consumer(tier)}")
+        tier = headers["Nats-Subject"].split(".")[-2]
+        if tier not in {each.value for each in Tier}:
+            # Another program's, under a subject that no consumer reads.
+            return True
+        info = await self._admin.api(f"CONSUMER.INFO.{self._names.tasks}.{self._names.consumer(Tier(tier))}")
         return int(headers["Nats-Sequence"]) <= int(info["ack_floor"]["stream_seq"])
 
     async def purge(self, job_id: str) -> bool:

@@ -49,7 +49,10 @@ class Granted:
 
 @dataclass(frozen=True, slots=True)
 class Over:
-    """Nothing to do: the job is terminal, cancelled just now, or the message is of an older generation. Ack."""
+    """Nothing to do: the job is terminal, cancelled just now, or the message is of an older generation. Ack.
+
+    Reason `conflict`: the message is another job's than the record of its id.
+    """
 
     reason: str
 

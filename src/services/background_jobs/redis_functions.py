@@ -19,6 +19,7 @@ from redis import exceptions as redis_errors
 from toolfleet.services.background_jobs.errors import StoreError, StoreSilent, StoreUnavailable
 from toolfleet.services.background_jobs.group_writer import GroupWriter
 from toolfleet.services.background_jobs.redis_link import CONNECTION_ERRORS, Command, RedisLink, ask_alone
+from toolfleet.services.background_jobs.redis_records import ROOTS
 from toolfleet.services.background_jobs.store_gate import StoreGate
 from toolfleet.services.background_jobs.task_ending import end_tasks
 
@@ -134,12 +135,16 @@ class RedisFunctions:
         self.gate.answered()
 
     async def _ask(self) -> None:
+        # A renewal of nothing: PING is answered as well by a server that refuses all writes, and everybody would go on,
+        # be refused and wait again, several times a second.
+        question = ("FCALL", f"{self._prefix}_renew", 1, ROOTS[0], 0)
         try:
-            await ask_alone(self._client, self._timeout)
+            await ask_alone(self._client, self._timeout, question)
         except (*CONNECTION_ERRORS, redis_errors.RedisError) as error:
-            failure = as_store_error(error, "PING")
-            # What is neither silence nor 'not now', such as an ACL without PING, says that the server serves.
-            if isinstance(failure, StoreUnavailable):
+            failure = as_store_error(error, "a question")
+            # What is neither silence nor 'not now', such as another node's slot, says that the server serves; so does
+            # one that was emptied: whoever calls next loads the functions.
+            if isinstance(failure, StoreUnavailable) and _MISSING not in str(error):
                 raise failure from error
 
     async def _pipeline(self, link: RedisLink, commands: Sequence[Command]) -> Sequence[Any]:

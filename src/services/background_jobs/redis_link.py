@@ -21,6 +21,10 @@ CONNECTION_ERRORS = (redis_errors.ConnectionError, redis_errors.TimeoutError, OS
 
 Command = tuple[Any, ...]
 
+SLOW_BYTES_S = 1 << 20
+"""Of a line that is slow and not dead, 8 Mbit/s. What is large gets time in proportion: with one bound for all a large
+result would be sent, given up and repeated for ever, and each time the store would be taken for silent."""
+
 
 @contextlib.contextmanager
 def lost_connections() -> Iterator[None]:
@@ -37,8 +41,8 @@ def lost_connections() -> Iterator[None]:
         raise redis_errors.ConnectionError(str(error)) from error
 
 
-async def ask_alone(client: redis.Redis, timeout_s: float) -> None:
-    """PING on a connection of its own, which waits for no place in the pool and for no other command.
+async def ask_alone(client: redis.Redis, timeout_s: float, question: Command = ("PING",)) -> None:
+    """A command on a connection of its own, which waits for no place in the pool and for no other command.
 
     Raises:
         redis.exceptions.RedisError, OSError, TimeoutError: no answer within the bound, or an error was the answer.
@@ -48,7 +52,7 @@ async def ask_alone(client: redis.Redis, timeout_s: float) -> None:
         with lost_connections():
             async with asyncio.timeout(timeout_s):
                 await connection.connect()  # type: ignore[no-untyped-call]
-                await connection.send_command("PING")
+                await connection.send_command(*question)
                 await connection.read_response()
     finally:
         await connection.disconnect(nowait=True)
@@ -78,7 +82,7 @@ class RedisLink:
         """
         packed = b"".join([pack_command(command) for command in commands])
         # redis-py's own socket_timeout bounds each read, not the whole: it was seen to take 15.7 s with 1 s set.
-        async with asyncio.timeout(self._timeout):
+        async with asyncio.timeout(self._timeout + len(packed) / SLOW_BYTES_S):
             if self._doubtful:
                 self._doubtful = False
                 await self.close()

@@ -6,7 +6,7 @@ from typing import Any, Final, Literal
 
 import structlog
 
-from toolfleet.services.background_jobs.errors import IllegalMove, JobNotFound, QueueError
+from toolfleet.services.background_jobs.errors import CallNotFound, IllegalMove, JobNotFound, QueueError
 from toolfleet.services.background_jobs.job_control import Get, JobView
 from toolfleet.services.background_jobs.ports import JobStore, ReopenAnswer
 from toolfleet.services.background_jobs.queue_ports import DeadLetterBox, JobQueue
@@ -70,28 +70,35 @@ class Reopening:
         """A person's word on one call of an unknown job, once.
 
         Raises:
-            JobNotFound: no such job, or it has no such undecided call.
-            IllegalMove: the job is not unknown, or the call was decided already.
+            JobNotFound: no such job.
+            CallNotFound: the job has no such call.
+            IllegalMove: the job is not unknown, the call's outcome is known, or it was decided already.
         """
         view = await self._get(job_id, tenant)
         task = view.record.task if view.record else view.task
         call = next((c for c in task.tools if c.tool_call_id == tool_call_id), None) if task else None
         if call is None:
-            raise JobNotFound(f"job {job_id} has no call {tool_call_id}", job_id=job_id)
+            raise CallNotFound(
+                f"job {job_id} has no call {tool_call_id}; its undecided_calls are those to decide", job_id=job_id
+            )
         decided = _decided(call, decision, result, note) if decision != "rerun" else None
         answer = await self._store.resolve(job_id, tool_call_id, decision, decided, note, by)
-        return await self._reopened(job_id, tenant, answer)
+        return await self._reopened(job_id, tenant, answer, tool_call_id)
 
-    async def _reopened(self, job_id: str, tenant: str, answer: ReopenAnswer) -> JobView:
+    async def _reopened(self, job_id: str, tenant: str, answer: ReopenAnswer, call: str = "") -> JobView:
         match answer.verdict:
             case "absent":
                 raise JobNotFound(f"there is no record of {job_id}", job_id=job_id)
             case "not_allowed":
                 raise not_allowed(job_id, answer.status)
             case "decided_already":
-                raise IllegalMove(f"this call of {job_id} was decided already; a decision counts once")
+                raise IllegalMove(
+                    f"{call} of job {job_id} was decided already; a decision counts once", tool_call_id=call
+                )
             case "no_such_call":
-                raise IllegalMove(f"the outcome of this call of {job_id} is known; there is nothing to decide")
+                raise IllegalMove(
+                    f"the outcome of {call} of job {job_id} is known; there is nothing to decide", tool_call_id=call
+                )
         if answer.verdict == "reopened" and answer.task is not None:
             await publish_generation(self._queue, answer.task)
         return await self._get(job_id, tenant)

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import secrets
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Final
@@ -31,14 +32,18 @@ class SpoolFolder:
         """A new one, held from the moment at which others can see it. Raises `OSError`."""
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=root))
-        lock = os.open(fresh / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        lock = None
         try:
+            lock = os.open(fresh / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path = root / f"{os.getpid()}-{secrets.token_hex(4)}"
             fresh.rename(path)
             _sync(root)
         except OSError:
-            os.close(lock)
+            # A full disk is met by every attempt that ends: each would leave a folder that nobody looks into.
+            shutil.rmtree(fresh, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
             raise
         return cls(path, lock)
 
@@ -59,7 +64,11 @@ class SpoolFolder:
             return None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its holder may have removed it between the two lines above.
+            stands = os.path.samestat(os.fstat(lock), (path / LOCK).stat())
         except OSError:
+            stands = False
+        if not stands:
             os.close(lock)
             return None
         return cls(path, lock)

@@ -236,6 +236,8 @@ class Submitter:
                 job_id=task.job_id,
             ) from error
         record = await self._store.get(task.job_id)
+        if record is not None:
+            task = _same(task, record.task)
         ran = isinstance(answer, Granted) and record is not None and record.status.terminal
         return Submission(task, record, isinstance(answer, Granted), ran=ran, fallback_reason=reason)
 

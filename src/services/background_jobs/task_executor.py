@@ -42,6 +42,11 @@ log = structlog.get_logger(__name__)
 
 NEWER_TASK_DELAY_S = 30.0
 """For a task of a newer version: time for a newer worker to come up during a rolling upgrade."""
+CONFLICT = "idempotency_conflict"
+CONFLICT_TEXT = (
+    "while Redis could not be asked, this job was accepted under the Idempotency-Key of another one; it was not run. "
+    "Submit it again with a key of its own"
+)
 REFUSED_DELAY_S = 5.0
 """After the store has refused a claim, which a person has to look at."""
 
@@ -93,6 +98,12 @@ class JobExecutor:
             match answer:
                 case Granted():
                     await self._attempt(task, answer, asked_at, delivery)
+                case Over(reason="conflict"):
+                    # It was accepted, so it must not go without a word.
+                    if await self._bury(
+                        DeadLetter(task.job_id, 0, CONFLICT, CONFLICT_TEXT, delivery.data, delivery.subject)
+                    ):
+                        await delivery.ack()
                 case Over():
                     await delivery.ack()
                 case NotNow(delay_ms=delay_ms):
@@ -232,16 +243,14 @@ class JobExecutor:
             case _:
                 last = FinishWrite(_ending(attempt.task, outcome), changes)
         answer = await self._spool.insist(attempt.last_words(last))
-        if isinstance(last, FinishWrite) and answer == "ok":
-            # A job that is over needs no message, as one that a cancel has ended instead of a retry.
-            answer = "cancelled"
         if answer == "lost":
             log.warning("attempt.write_refused", job_id=lease.job_id, fence=lease.fence, outcome=name)
+        elif isinstance(last, FinishWrite) or answer == "cancelled":
+            # The job is over, also where a cancel has ended it instead of a retry: it needs no message.
+            if delivery is not None:
+                await delivery.ack()
         elif delivery is None:
-            if answer == "ok":
-                await self._queue_again(attempt.task)
-        elif answer == "cancelled":
-            await delivery.ack()
+            await self._queue_again(attempt.task)
         else:
             await delivery.nak(spread_ms(delay_ms, self._chance()) / 1000 if delay_ms else 0)
 

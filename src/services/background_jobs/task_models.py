@@ -246,7 +246,7 @@ class JobEvent(_Frozen):
 
 
 class Gap(_Frozen):
-    """Events that a reader asked for and that were trimmed from the capped log."""
+    """Events that a reader asked for and that were trimmed from the capped log, or that Redis has lost."""
 
     after: int
     """The last id the reader had."""

@@ -1,9 +1,10 @@
 """Which tools may run twice.
 
 A call that is neither read-only nor idempotent must not be started again once its outcome is unknown (G5), so the
-answer decides what a crash costs. The tool's own annotations are hints of its author, and the MCP specification asks
-clients not to trust those of an untrusted server; an operator who knows better overrules them with
-`Settings.tool_policy`, for one tool or for all of a server.
+answer decides what a crash costs, or an answer that does not say whether the tool ran (`ToolAnswerUnclear`: HTTP 5xx,
+half a body): a call that may run twice is made again, any other makes its job `unknown`. The tool's own annotations are
+hints of its author, and the MCP specification asks clients not to trust those of an untrusted server; an operator who
+knows better overrules them with `Settings.tool_policy`, for one tool or for all of a server.
 """
 
 from __future__ import annotations

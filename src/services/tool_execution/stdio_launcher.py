@@ -1,6 +1,6 @@
 """Runs one stdio MCP server and takes it, and all that it started, down with the worker.
 
-Run as a script by `stdio_transport`, with the standard library only and without `site`, so that it starts in a few
+Run as a script by `stdio_process`, with the standard library only and without `site`, so that it starts in a few
 milliseconds and the server's environment (PYTHONPATH and the like) is none of its business::
 
     python -I -S stdio_launcher.py LIFELINE -- command [argument ...]

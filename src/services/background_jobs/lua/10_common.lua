@@ -45,8 +45,8 @@ local FIELDS = { 'status', 'generation', 'fence', 'tier', 'created', 'seq', 'log
                  'lease_until', 'done', 'failed', 'total', 'cancel', 'ended_by', 'wseq', 'worker' }
 local CLAIM_FIELDS = { 'status', 'generation', 'fence', 'tier', 'created', 'seq', 'log_max', 'ttl', 'ran', 'run_from',
                        'lease_until', 'done', 'failed', 'total', 'cancel', 'ended_by', 'wseq', 'worker', 'token',
-                       'starts', 'retries', 'not_before', 'timeout', 'expires', 'started', 'stale' }
-local TEXT = { status = true, token = true, tier = true, cancel = true, worker = true }
+                       'starts', 'retries', 'not_before', 'timeout', 'expires', 'started', 'stale', 'hash' }
+local TEXT = { status = true, token = true, tier = true, cancel = true, worker = true, hash = true }
 
 -- The record as a table, or nil. Absent numbers read as 0.
 local function load_record(k, fields)

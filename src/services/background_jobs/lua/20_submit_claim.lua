@@ -63,7 +63,7 @@ end
 
 -- claim(root; id, token, worker, lease_ms, published_at or '', max_starts, birth…): step 3. Answers
 --   {'run', fence, retries, ms left, dead, 'c'|'f'|'m' .. call, …}    dead: '' or why it is to end as a dead letter
---   {'over', reason}                                                  ack
+--   {'over', reason}                                                  ack; 'conflict': the message is of another job
 --   {'later', ms, reason}                                             nak
 local function claim(keys, args)
   local k, now = keys_of(keys[1], args[1]), now_ms()
@@ -79,6 +79,9 @@ local function claim(keys, args)
       redis.call('HSET', k.job, 'stale', '1')
     end
   end
+  -- While Redis was away an Idempotency-Key could not be compared: this message was accepted under the id of a job that
+  -- had a different body, and whose own message was gone.
+  if rec.hash and rec.hash ~= '' and birth.hash ~= '' and rec.hash ~= birth.hash then return { 'over', 'conflict' } end
   local generation = tonumber(birth.generation)
   if generation < rec.generation then return { 'over', 'superseded' } end
   if generation > rec.generation then
