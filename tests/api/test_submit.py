@@ -27,6 +27,7 @@ async def test_accepted_with_all_links(client: httpx.AsyncClient) -> None:
         "result_url": f"{JOBS}/{job_id}/result",
         "sse_url": f"{JOBS}/{job_id}/stream",
         "cancel_url": f"{JOBS}/{job_id}/cancel",
+        "degraded": False,
     }
     assert answer.headers["location"] == f"{JOBS}/{job_id}"
     assert len(answer.headers["idempotency-key"]) == 36
