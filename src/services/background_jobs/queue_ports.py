@@ -46,7 +46,7 @@ class DeadLetter:
     job_id: str | None
     """None for a malformed message without a readable id."""
     fence: int
-    """Of the attempt that gave up, at least 1; 0 for a malformed message."""
+    """Of the attempt that gave up, at least 1; 0 for a message that no attempt was made for."""
     reason: str
     message: str
     payload: bytes
@@ -63,7 +63,8 @@ class DeadLetter:
 
     @property
     def malformed(self) -> bool:
-        """Whether it is a message that no worker could read as a task."""
+        """Whether it is the letter of no attempt: a message that no worker could read as a task, or one that was accepted
+        under another job's Idempotency-Key while Redis was away."""
         return self.fence == 0
 
     @property
