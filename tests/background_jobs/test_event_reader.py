@@ -8,7 +8,8 @@ from redis import Redis
 
 from tests.background_jobs.harness import open_fleet
 from tests.support.waiting import wait_until
-from toolfleet.services.background_jobs.event_reader import StreamItem
+from toolfleet.services.background_jobs.event_reader import StreamItem, read_events
+from toolfleet.services.background_jobs.job_control import JobView
 from toolfleet.services.background_jobs.ports import Changes, Granted, Lease
 from toolfleet.services.background_jobs.redis_records import root_of
 from toolfleet.services.background_jobs.task_models import EventType, Gap, JobEvent, NewEvent
@@ -62,3 +63,31 @@ async def test_a_reader_that_is_ahead_of_a_log_that_was_lost_begins_again_and_he
     assert [event.id for event in events] == [1, 2, 3, 4, 1, 2]
     assert events[-1].type is EventType.JOB_CANCELLED
     assert [item for item in seen if isinstance(item, Gap)] == [Gap(after=4, resumes_at=1)]
+
+
+async def test_a_word_of_the_queue_alone_is_not_taken_for_a_lost_log(settings: Settings) -> None:
+    async with open_fleet(settings, workers=0) as fleet:
+        job_id = await fleet.submit("echo")
+        seen: list[StreamItem] = []
+        asked: list[bool] = []
+
+        async def check() -> JobView:
+            view = await fleet.service.get(job_id)
+            asked.append(True)
+            # As while Redis can't be asked about the record, although its log could be read a moment ago.
+            return JobView(None, view.record and view.record.task, degraded=True) if len(asked) == 2 else view
+
+        async def read() -> None:
+            events = read_events(fleet.core.store, fleet.core.feed, job_id, after=0, heartbeat_s=3600, check=check)
+            while (item := await anext(events, None)) is not None:
+                seen.append(item)
+
+        reading = asyncio.create_task(read())
+        await wait_until(lambda: len(seen) == 1, "the reader has all")
+        assert await fleet.core.client.client_kill_filter(_type="pubsub") == 1
+        await wait_until(lambda: len(asked) == 2, "the reader has looked back")
+        await fleet.service.cancel(job_id)
+        async with asyncio.timeout(5):
+            await reading
+    assert [item.id for item in seen if isinstance(item, JobEvent)] == [1, 2]
+    assert not [item for item in seen if isinstance(item, Gap)]

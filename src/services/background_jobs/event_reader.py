@@ -126,9 +126,13 @@ async def _look_back(check: Callable[[], Awaitable[Any]], last: int) -> tuple[bo
     Whether it can't be told now, and the generation to read from the beginning where it does not reach that far.
     """
     try:
-        record = (await check()).record
+        view = await check()
     except (StoreUnavailable, QueueUnavailable):
         return True, None
+    if view.degraded:
+        # The queue's word for a job that Redis can't be asked about: it says nothing of the log.
+        return True, None
+    record = view.record
     if record is None:
         return False, 1 if last else None
     return False, record.generation if record.last_event < last else None
