@@ -63,8 +63,8 @@ class DeadLetter:
 
     @property
     def malformed(self) -> bool:
-        """Whether it is the letter of no attempt: a message that no worker could read as a task, or one that was accepted
-        under another job's Idempotency-Key while Redis was away."""
+        """Whether it is the letter of no attempt: a message that no worker could read as a task, or one that was
+        accepted under another job's Idempotency-Key while Redis was away."""
         return self.fence == 0
 
     @property
